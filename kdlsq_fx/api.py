@@ -1,0 +1,131 @@
+"""The verbs. Each reads as the list of passes it runs, in order, with a reason a line."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .capture import Captured, capture
+from .errors import CalibrationError, ConfigError
+from .lsq import Lsq
+from .model import QuantModel, wrap
+from .passes.drop_dropout import drop_dropout
+from .passes.freeze import freeze
+from .passes.insert_quantizers import insert_quantizers
+from .passes.lower import lower
+from .pipeline import Pass, Trace, run_passes
+from .qconfig import QConfig, Rule, resolve
+
+QConfigLike = str | Path | QConfig | Rule | Sequence[Rule]
+
+
+def prepare_qat(
+    model: nn.Module | torch.export.ExportedProgram,
+    qconfig: QConfigLike,
+    *,
+    example: Any = None,
+    passes: Iterable[Pass] = (),
+    stop_after: str | None = None,
+    fuel: int | None = None,
+    trace: Trace | None = None,
+) -> QuantModel:
+    """float -> qat: a trainable copy of ``model`` with a quantizer at every ruled value; ``model`` is not changed.
+
+    Args:
+        model: a Hugging Face encoder; any ``nn.Module`` with ``example``; a GraphModule or ExportedProgram.
+        qconfig: a preset such as ``"W4E4A8"``, a path to a JSON file, a QConfig, or rules (first match wins).
+        example: arguments to capture a module that does not describe its own inputs (dict or tuple).
+        passes: your own passes (docs/writing_a_pass.md); each runs at the end of its stage.
+        stop_after: name of the pass after which to stop; ``fuel``: insert only the first n quantizers.
+        trace: a Trace that collects timing (and text diffs) per pass.
+
+    Returns:
+        A module with the model's own signature and output. Weight scales are initialised, activation scales are not:
+        call ``calibrate`` next.
+
+    Raises:
+        CaptureError, ConfigError: see there. CalibrationError: a weight is NaN or infinite.
+    """
+    config = resolve(qconfig)
+    captured = capture(model, example)
+    _check_finite(captured.gm)
+    captured.gm.meta.update(qconfig=config, fuel=fuel)
+    run_passes(
+        captured.gm,
+        [insert_quantizers],  # values a rule names get their quantizer, biases their grid
+        user=passes,
+        stop_after=stop_after,
+        trace=trace,
+    )
+    return wrap(captured, model if isinstance(model, nn.Module) else None, config)
+
+
+def freeze_qat(
+    qat: QuantModel, *, passes: Iterable[Pass] = (), stop_after: str | None = None, trace: Trace | None = None
+) -> QuantModel:
+    """qat -> qdq: the same model in eval mode with constants for quantizers; outputs are equal bit for bit."""
+    return _derive(qat, [drop_dropout, freeze], passes, stop_after, trace)
+
+
+def convert(
+    qat: QuantModel,
+    *,
+    backend: str = "reference",
+    passes: Iterable[Pass] = (),
+    stop_after: str | None = None,
+    trace: Trace | None = None,
+) -> Any:
+    """qat -> int: integer matrix products, requantization and look-ups; float islands are listed with their reason.
+
+    ``backend``: ``"reference"`` executes the graph in NumPy, ``"torch"`` as the GraphModule it is. Both take the
+    model's own arguments and return its own output; they agree bit for bit in all that is integer.
+    Raises CalibrationError before calibration, LoweringError (site and bound) where an accumulator could overflow.
+    """
+    from .backends import executor
+
+    pipeline: list[Pass] = [
+        drop_dropout,  # inference only from here on
+        freeze,  # quantizers become quantize/dequantize with constants
+        lower,  # dequantize -> op -> quantize collapses into integer primitives
+    ]
+    return executor(_derive(qat, pipeline, passes, stop_after, trace), backend)
+
+
+def _derive(
+    qat: QuantModel, pipeline: list[Pass], user: Iterable[Pass], stop_after: str | None, trace: Trace | None
+) -> QuantModel:
+    if not isinstance(qat, QuantModel) or qat.stage != "qat":
+        found = f"a {qat.stage} model" if isinstance(qat, QuantModel) else f"a {type(qat).__name__}"
+        raise ConfigError(f"this needs a qat model, got {found}", do="call prepare_qat and calibrate first")
+    unready = [name for name, m in qat.gm.named_modules() if isinstance(m, Lsq) and not bool(m.ready)]
+    if unready:
+        raise CalibrationError(
+            f"{len(unready)} quantizers have no scale yet", where=unready[0], do="calibrate first: calibrate(qat, batches)"
+        )
+    gm = copy_graph(qat.gm)
+    run_passes(gm, pipeline, user=user, stop_after=stop_after, trace=trace)
+    captured = Captured(gm, qat.input_names, qat.output_names, qat.output_type, qat.example)
+    derived = wrap(captured, None, qat.qconfig)
+    derived.config, derived.model_class, derived.signature = qat.config, qat.model_class, qat.signature
+    derived._limits = qat._limits
+    return derived.eval()
+
+
+def copy_graph(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A deep copy in eval mode that keeps every node's metadata."""
+    own = copy.deepcopy(gm)
+    own.meta = dict(gm.meta)
+    for old, new in zip(gm.graph.nodes, own.graph.nodes):
+        new.meta = dict(old.meta)
+    return own.eval()
+
+
+def _check_finite(gm: torch.fx.GraphModule) -> None:
+    for name, p in gm.named_parameters():
+        if not bool(torch.isfinite(p).all()):
+            raise CalibrationError("a weight is NaN or infinite", where=name, do="repair the checkpoint before prepare_qat")

@@ -1,0 +1,195 @@
+"""nn.Module -> float-stage GraphModule of declared ATen ops, with the module path of every node kept."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from . import ops as _ops  # noqa: F401  (fills the op table)
+from .errors import CaptureError
+from .normalize import normalize
+from .verify import verify
+
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A float-stage graph and what the thin module around it needs.
+
+    ``outputs`` are the field names of the model's output in the order of the graph's flat outputs, or () when the
+    model returns plain tensors; ``output_type`` is the class to rebuild.
+    """
+
+    gm: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    output_type: type | None
+    example: dict[str, Any]
+
+
+def capture(model: nn.Module | torch.export.ExportedProgram, example: Any = None) -> Captured:
+    """Capture ``model`` in train mode with eager attention; the model itself is not changed.
+
+    Args:
+        model: a Hugging Face encoder; any ``nn.Module`` with ``example``; a GraphModule of ATen ops or an
+            ExportedProgram (captured already).
+        example: keyword arguments (a mapping) or positional ones (a tuple) to call the model with. Dimensions 0 and 1
+            of every tensor stay dynamic where the model allows it.
+
+    Raises:
+        CaptureError: names the construct or the op that has no meaning here, and its site.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        return _from_program(model, {}, None)
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"cannot capture a {type(model).__name__}", do="pass an nn.Module or an ExportedProgram")
+    if isinstance(model, fx.GraphModule) and example is None:
+        return _from_graph(model)
+    own = copy.deepcopy(model).train()
+    _use_eager_attention(own)
+    kwargs = _example_inputs(own, example)
+    program = _export(own, kwargs)
+    own.eval()
+    with torch.no_grad():
+        result = own(**kwargs)
+    return _from_program(program, kwargs, result)
+
+
+def _use_eager_attention(model: nn.Module) -> None:
+    """sdpa hides the scores and probabilities in one node; eager attention shows them."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    for module in model.modules():
+        inner = getattr(module, "config", None)
+        if inner is not None and hasattr(inner, "_attn_implementation"):
+            inner._attn_implementation = "eager"
+    for name in ("output_attentions", "output_hidden_states", "use_cache"):
+        if getattr(config, name, False):
+            setattr(config, name, False)
+    if hasattr(config, "return_dict"):
+        config.return_dict = True
+
+
+def _example_inputs(model: nn.Module, example: Any) -> dict[str, Any]:
+    names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
+    if isinstance(example, Mapping):
+        return dict(example)
+    if example is not None:
+        args = example if isinstance(example, (tuple, list)) else (example,)
+        return dict(zip(names, args))
+    config = getattr(model, "config", None)
+    vocab = getattr(config, "vocab_size", None)
+    if vocab is None or "input_ids" not in names:
+        raise CaptureError(
+            f"{type(model).__name__} does not say what its inputs look like",
+            do="pass example=, a dict of keyword arguments or a tuple of positional ones",
+        )
+    length = min(12, int(getattr(config, "max_position_embeddings", 12) or 12) - 2)
+    ids = torch.arange(3 * length).reshape(3, length) * 7 % max(vocab - 3, 1) + min(3, vocab - 1)
+    mask = torch.ones_like(ids)
+    mask[1, length // 2 :] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    return {k: given[k] for k in TEXT_INPUTS if k in names}
+
+
+def _export(model: nn.Module, kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    strict_dims = "input_ids" in kwargs  # text models must stay dynamic; for others torch decides what can
+
+    def dims(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return None
+        dim = torch.export.Dim.DYNAMIC if strict_dims and value.dtype == torch.int64 else torch.export.Dim.AUTO
+        return dict.fromkeys(range(min(value.dim(), 2)), dim)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.export.export(
+                model, (), kwargs, dynamic_shapes={k: pytree.tree_map(dims, v) for k, v in kwargs.items()}, strict=False
+            )
+        except Exception as err:
+            first = next((line for line in str(err).splitlines() if line.strip()), type(err).__name__)
+            raise CaptureError(
+                f"{type(model).__name__} cannot be captured: {type(err).__name__}: {first[:300]}",
+                where=_user_frame(err),
+                do="remove the data-dependent control flow, or hand in a GraphModule or ExportedProgram of your own",
+            ) from err
+
+
+def _user_frame(err: BaseException) -> str:
+    """File and line of the innermost frame outside torch, where the construct that fails stands."""
+    where, tb = "", err.__traceback__
+    while tb is not None:
+        name = tb.tb_frame.f_code.co_filename
+        if "/torch/" not in name and "kdlsq_fx" not in name:
+            where = f"{'/'.join(name.split('/')[-3:])}:{tb.tb_lineno} in {tb.tb_frame.f_code.co_name}"
+        tb = tb.tb_next
+    return where
+
+
+def _from_program(program: torch.export.ExportedProgram, kwargs: dict[str, Any], result: Any) -> Captured:
+    gm = program.module(check_guards=False)
+    if not isinstance(gm, fx.GraphModule):
+        raise CaptureError("the exported program holds no GraphModule")
+    flat = pytree.tree_leaves(next(iter(gm.graph.find_nodes(op="output"))).args[0])
+    names = tuple(result.keys()) if isinstance(result, Mapping) else ()
+    if not kwargs:
+        kwargs = _example_of(gm)
+    return _finish(gm, flat, names, type(result) if names else None, kwargs)
+
+
+def _from_graph(model: fx.GraphModule) -> Captured:
+    if model.meta.get("stage", "float") != "float":
+        raise CaptureError(f"the graph is in stage {model.meta['stage']} already", do="pass a float graph")
+    gm = copy.deepcopy(model)
+    gm.meta = dict(model.meta)
+    for old, new in zip(model.graph.nodes, gm.graph.nodes):  # deepcopy keeps meta of nodes; keep it exactly
+        new.meta = dict(old.meta)
+    flat = pytree.tree_leaves(next(iter(gm.graph.find_nodes(op="output"))).args[0])
+    missing = [n for n in gm.graph.nodes if n.op == "call_function" and "val" not in n.meta]
+    if missing:
+        raise CaptureError(
+            "the GraphModule was not made by torch.export: its nodes carry no shapes",
+            where=missing[0].name,
+            do="hand in the module itself with example=, or torch.export.export(...).module()",
+        )
+    return _finish(gm, flat, (), None, _example_of(gm))
+
+
+def _example_of(gm: fx.GraphModule) -> dict[str, Any]:
+    """Zeros in the shapes the placeholders were captured with (dynamic dimensions: 2 and 8)."""
+    made: dict[str, Any] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            sizes = [s if isinstance(s, int) else (2, 8)[min(i, 1)] for i, s in enumerate(value.shape)]
+            made[str(node.target)] = torch.zeros(sizes, dtype=value.dtype)
+    return made
+
+
+def _finish(
+    gm: fx.GraphModule, flat: list[Any], names: tuple[str, ...], output_type: type | None, example: dict[str, Any]
+) -> Captured:
+    graph = gm.graph
+    (out,) = graph.find_nodes(op="output")
+    out.args = (tuple(flat),)
+    graph.set_codegen(fx.graph.CodeGen())
+    gm.meta["stage"] = "float"
+    for unwanted in ("train", "eval"):  # export forbids both on its modules; ours really switch
+        gm.__dict__.pop(unwanted, None)
+    clean = fx.GraphModule(gm, graph)
+    clean.meta = dict(gm.meta)
+    normalize(clean)
+    inputs = tuple(str(n.target) for n in graph.find_nodes(op="placeholder"))
+    verify(clean, after_pass="capture")
+    return Captured(clean, inputs, names, output_type, example)

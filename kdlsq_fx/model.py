@@ -1,0 +1,195 @@
+"""The thin module around a graph: Hugging Face's signature, ModelOutput, loss and checks around any stage."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .capture import Captured
+from .errors import InputError
+from .losses import loss_for
+from .qconfig import QConfig
+
+LABELS = ("labels", "start_positions", "end_positions")
+NEUTRAL = {"return_dict": (None, True), "output_attentions": (None, False), "output_hidden_states": (None, False)}
+
+
+class QuantModel(nn.Module):
+    """A graph of any stage, called like the Hugging Face model it was captured from.
+
+    ``gm`` is the graph; ``config`` the model's configuration (None for other modules); ``qconfig`` what was asked for.
+    A missing attention mask means ones (with a warning where pad ids occur), missing token types mean zeros. With
+    labels the output's first field is the loss, computed outside the graph as Hugging Face does.
+    """
+
+    def __init__(self, captured: Captured, model: nn.Module | None, qconfig: QConfig) -> None:
+        super().__init__()
+        self.gm = captured.gm
+        self.qconfig = qconfig
+        self.config = getattr(model, "config", None)
+        self.model_class = type(model).__name__ if model is not None else ""
+        self.input_names = captured.inputs
+        self.output_names = captured.outputs
+        self.output_type = captured.output_type
+        self.signature = _signature(model, captured.inputs)
+        self.example = captured.example
+        self._limits = _limits(self.gm, self.config)
+
+    @property
+    def stage(self) -> str:
+        return str(self.gm.meta["stage"])
+
+    @property
+    def device(self) -> torch.device:
+        return next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the graph. Raises InputError for ids outside the vocabulary, sequences longer than the positions, and
+        arguments that were not captured."""
+        labels, inputs = self.split(*args, **kwargs)
+        flat = self.gm(*(inputs[name] for name in self.input_names))
+        return self.pack(flat, labels)
+
+    def split(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments as Hugging Face takes them -> (labels, the graph's inputs with defaults filled in)."""
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as err:
+            raise InputError(f"{self.model_class or 'the model'}: {err}", do=f"it takes {self.signature}") from None
+        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        given.pop("kwargs", None)
+        labels = {k: given.pop(k) for k in LABELS if given.get(k) is not None}
+        extra = [k for k, v in given.items() if k not in self.input_names and not _neutral(k, v)]
+        if extra:
+            raise InputError(
+                f"argument {', '.join(extra)} was not captured; the graph takes {', '.join(self.input_names)}",
+                do=f"capture with example={{..., {extra[0]!r}: ...}} to make it an input of the graph",
+            )
+        inputs = {k: v for k, v in given.items() if k in self.input_names and v is not None}
+        self._fill(inputs)
+        self._check(inputs)
+        return labels, inputs
+
+    def pack(self, flat: Any, labels: dict[str, Any] | None = None) -> Any:
+        """The graph's flat outputs -> the model's own output class, with the loss when labels are given."""
+        values = tuple(flat) if isinstance(flat, (tuple, list)) else (flat,)
+        if self.output_type is None:
+            return values[0] if len(values) == 1 else values
+        fields = dict(zip(self.output_names, values))
+        if labels:
+            fields = {"loss": loss_for(self.model_class, self.config, fields, labels), **fields}
+        return self.output_type(**fields)
+
+    def _fill(self, inputs: dict[str, Any]) -> None:
+        ids = inputs.get("input_ids")
+        if ids is None:
+            missing = [n for n in self.input_names if n not in inputs]
+            if missing:
+                raise InputError(f"missing input {', '.join(missing)}", do=f"pass all of {', '.join(self.input_names)}")
+            return
+        if "attention_mask" in self.input_names and "attention_mask" not in inputs:
+            pad = getattr(self.config, "pad_token_id", None)
+            if not torch.compiler.is_compiling() and pad is not None and bool((ids == pad).any()):
+                warnings.warn("input_ids hold pad ids but no attention_mask was given: padding is attended to", stacklevel=4)
+            inputs["attention_mask"] = torch.ones_like(ids)
+        if "token_type_ids" in self.input_names and "token_type_ids" not in inputs:
+            inputs["token_type_ids"] = torch.zeros_like(ids)
+        missing = [n for n in self.input_names if n not in inputs]
+        if missing:
+            raise InputError(f"missing input {', '.join(missing)}", do=f"pass all of {', '.join(self.input_names)}")
+        for name in TEXT & inputs.keys():
+            inputs[name] = inputs[name].long() if inputs[name].dtype in (torch.bool, torch.int32) else inputs[name]
+
+    def _check(self, inputs: dict[str, Any]) -> None:
+        ids = inputs.get("input_ids")
+        if ids is None or torch.compiler.is_compiling():
+            return
+        vocab, positions = self._limits
+        if ids.dim() != 2 or ids.numel() == 0:
+            raise InputError(f"input_ids of shape {tuple(ids.shape)}", do="pass a non-empty (batch, length) tensor")
+        if positions and ids.shape[1] > positions:
+            raise InputError(
+                f"a sequence of {ids.shape[1]} ids is longer than the {positions} positions of the model",
+                where="input_ids",
+                do="truncate in the tokenizer (truncation=True, max_length=...)",
+            )
+        low, high = int(ids.min()), int(ids.max())
+        if vocab and (low < 0 or high >= vocab):
+            raise InputError(
+                f"input_ids run from {low} to {high}, the vocabulary from 0 to {vocab - 1}",
+                where="input_ids",
+                do="use the tokenizer that belongs to this model",
+            )
+        for name, value in inputs.items():
+            if name in TEXT and value.shape[-1] != ids.shape[-1]:
+                raise InputError(f"{name} has shape {tuple(value.shape)}, input_ids {tuple(ids.shape)}", where=name)
+
+    def table(self) -> str:
+        """Per site: what it got and by which rule, as text."""
+        from .report import site_table
+
+        return site_table(self.gm)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.model_class}, stage={self.stage}, {self.qconfig.name})"
+
+
+TEXT = {"input_ids", "attention_mask", "token_type_ids"}
+
+
+def _neutral(name: str, value: Any) -> bool:
+    """Arguments that change nothing: None, and the defaults of the output switches."""
+    return value is None or (name in NEUTRAL and value in NEUTRAL[name]) or name in ("num_items_in_batch", "kwargs")
+
+
+def _signature(model: nn.Module | None, inputs: tuple[str, ...]) -> inspect.Signature:
+    if model is None or isinstance(model, fx.GraphModule):
+        params = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in inputs]
+        return inspect.Signature(params)
+    return inspect.signature(model.forward)
+
+
+def wrap(captured: Captured, model: nn.Module | None, qconfig: QConfig) -> QuantModel:
+    """A QuantModel whose ``forward`` shows the captured model's own signature (Trainer and accelerate read it)."""
+    signature = _signature(model, captured.inputs)
+
+    def forward(self: QuantModel, *args: Any, **kwargs: Any) -> Any:
+        return QuantModel.forward(self, *args, **kwargs)
+
+    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *_loose(signature)],
+        return_annotation=inspect.Signature.empty,
+    )
+    name = f"Quantized{type(model).__name__}" if model is not None else "QuantizedGraph"
+    cls = type(name, (QuantModel,), {"forward": forward, "__module__": __name__, "__doc__": QuantModel.__doc__})
+    return cls(captured, model, qconfig)
+
+
+def _loose(signature: inspect.Signature) -> list[inspect.Parameter]:
+    """Positional-or-keyword parameters without annotations, so that ``self`` may stand before them."""
+    return [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+
+
+def _limits(gm: fx.GraphModule, config: Any) -> tuple[int, int]:
+    """(size of the vocabulary, number of positions); 0 where the model has no such limit."""
+    vocab = int(getattr(config, "vocab_size", 0) or 0)
+    positions = int(getattr(config, "max_position_embeddings", 0) or 0)
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if "position_embeddings" in str(node.target) and "val" in node.meta and node.meta["val"].dim() == 2:
+            offset = _position_offset(config)
+            positions = int(node.meta["val"].shape[0]) - offset
+    return vocab, positions
+
+
+def _position_offset(config: Any) -> int:
+    """RoBERTa's family numbers positions from pad + 1: that many rows of the table are never used."""
+    family = str(getattr(config, "model_type", ""))
+    return int(config.pad_token_id) + 1 if family in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
+
+
+LossFunction = Callable[..., torch.Tensor]

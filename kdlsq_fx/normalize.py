@@ -1,0 +1,200 @@
+"""The exported graph made ours: devices, guards and in-place ops taken out, dropout put back as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .graph import assign_sites, fetch, module_path, put, unused_name
+from .op import BY_TARGET
+from .ops.shape import arange, full
+
+aten = torch.ops.aten
+
+IDENTITY = {aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default}
+IDENTITY |= {aten.clone.default, aten._to_copy.default}
+CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default}
+RENAMED = {aten.multiply.Tensor: aten.mul.Tensor, aten.divide.Tensor: aten.div.Tensor}
+CASTS = {aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default, aten.to.other}
+
+
+def normalize(gm: fx.GraphModule) -> None:
+    """Rewrite a fresh export in place until every call is a declared op, then name the sites."""
+    _inline_no_grad(gm)
+    for node in list(gm.graph.nodes):
+        if node.op == "call_module" and "_guards_fn" in str(node.target):
+            gm.graph.erase_node(node)
+        elif node.op == "call_function":
+            _rewrite(gm, node)
+    gm.graph.eliminate_dead_code()
+    assign_sites(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _rewrite(gm: fx.GraphModule, node: fx.Node) -> None:
+    target = node.target
+    if target in CHECKS:
+        gm.graph.erase_node(node)
+    elif target in IDENTITY:
+        _replace(node, node.args[0])
+    elif target in CASTS:
+        _cast(node)
+    elif target in RENAMED:
+        node.target = RENAMED[target]  # type: ignore[index]
+    elif target in (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default):
+        _restore_dropout(gm, node)
+    elif target in FACTORIES:
+        _factory(node)
+    elif isinstance(target, torch._ops.OpOverload) and target._schema.name.endswith("_"):
+        _functionalize(node, target)
+
+
+def _replace(node: fx.Node, value: Any) -> None:
+    node.replace_all_uses_with(value)
+    node.graph.erase_node(node)
+
+
+def _cast(node: fx.Node) -> None:
+    """``to(device, dtype)`` names the device it was captured on; what stays is the change of dtype."""
+    source = node.args[0]
+    if node.meta["val"].dtype == source.meta["val"].dtype:  # type: ignore[union-attr]
+        _replace(node, source)
+        return
+    node.target, node.args, node.kwargs = aten.to.dtype, (source, node.meta["val"].dtype), {}
+
+
+def _restore_dropout(gm: fx.GraphModule, node: fx.Node) -> None:
+    source, p = node.args[0], float(node.args[1])  # type: ignore[arg-type]
+    if p == 0.0:
+        _replace(node, source)
+        return
+    path = module_path(node)
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    named = bool(stack) and "dropout" in str(stack[-1][1]).lower()
+    name = unused_name(gm, path if named and not _taken(gm, path) else (f"{path}.dropout" if path else "dropout"))
+    put(gm, name, nn.Dropout(p))
+    with node.graph.inserting_before(node):
+        new = node.graph.call_module(name, (source,))
+    new.meta = {**node.meta, "path": path}
+    _replace(node, new)
+
+
+def _taken(gm: fx.GraphModule, path: str) -> bool:
+    try:
+        return isinstance(fetch(gm, path), nn.Dropout)
+    except AttributeError:
+        return False
+
+
+def _functionalize(node: fx.Node, target: torch._ops.OpOverload) -> None:
+    """``x.add_(y)`` to ``add(x, y)``: whatever reads x afterwards reads the result."""
+    name = target._schema.name.split("::")[1][:-1]
+    node.target = getattr(getattr(aten, name), target._overloadname)
+    source = node.args[0]
+    node.target = RENAMED.get(node.target, node.target)
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    for user in list(source.users):  # type: ignore[union-attr]
+        if user is not node and order[user] > order[node]:
+            user.replace_input_with(source, node)  # type: ignore[arg-type]
+
+
+def _like(node: fx.Node) -> fx.Node:
+    """A tensor whose device a new tensor takes: the first input of the graph."""
+    return next(n for n in node.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.Tensor))
+
+
+def _to_arange(node: fx.Node) -> tuple[Any, ...]:
+    bounds = list(node.args)
+    start, end, step = 0, bounds[0], 1
+    if node.target is not aten.arange.default:
+        start, end = bounds[:2]
+        step = bounds[2] if len(bounds) > 2 else 1
+    return (_like(node), start, end, step, node.meta["val"].dtype)
+
+
+def _to_full(value: float | bool | None, shape_at: int | None) -> Callable[[fx.Node], tuple[Any, ...]]:
+    def rewrite(node: fx.Node) -> tuple[Any, ...]:
+        dtype = node.meta["val"].dtype
+        if shape_at is None:  # *_like
+            shape: Any = _sizes(node, node.args[0])
+            fill = value if value is not None else node.args[1]
+        else:
+            shape = node.args[shape_at]
+            fill = value if value is not None else node.args[shape_at + 1]
+        return (_like(node), shape, fill, dtype)
+
+    return rewrite
+
+
+def _sizes(node: fx.Node, source: Any) -> list[Any]:
+    sizes: list[Any] = []
+    with node.graph.inserting_before(node):
+        for i, s in enumerate(source.meta["val"].shape):
+            if isinstance(s, int):
+                sizes.append(s)
+                continue
+            size = node.graph.call_function(aten.sym_size.int, (source, i))
+            size.meta = {k: v for k, v in node.meta.items() if k != "site"} | {"val": s}
+            sizes.append(size)
+    return sizes
+
+
+FACTORIES: dict[Any, tuple[Any, Callable[[fx.Node], tuple[Any, ...]]]] = {
+    aten.arange.default: (arange, _to_arange),
+    aten.arange.start: (arange, _to_arange),
+    aten.arange.start_step: (arange, _to_arange),
+    aten.zeros.default: (full, _to_full(0, 0)),
+    aten.ones.default: (full, _to_full(1, 0)),
+    aten.full.default: (full, _to_full(None, 0)),
+    aten.new_zeros.default: (full, _to_full(0, 1)),
+    aten.new_ones.default: (full, _to_full(1, 1)),
+    aten.new_full.default: (full, _to_full(None, 1)),
+    aten.zeros_like.default: (full, _to_full(0, None)),
+    aten.ones_like.default: (full, _to_full(1, None)),
+    aten.full_like.default: (full, _to_full(None, None)),
+    aten.scalar_tensor.default: (full, lambda n: (_like(n), [], n.args[0], n.meta["val"].dtype)),
+}
+
+
+def _factory(node: fx.Node) -> None:
+    """Constants made at run time take the device of the input, not the one they were captured on."""
+    function, arguments = FACTORIES[node.target]
+    args = arguments(node)
+    node.target, node.args, node.kwargs = function, args, {}
+
+
+def _inline_no_grad(gm: fx.GraphModule) -> None:
+    """``wrap_with_set_grad_enabled(False, sub, *args)`` becomes the nodes of ``sub``; the values are the same."""
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or "set_grad_enabled" not in str(node.target):
+            continue
+        _, sub_node, *args = node.args
+        sub = fetch(gm, str(sub_node.target))
+        env: dict[fx.Node, Any] = dict(zip(sub.graph.find_nodes(op="placeholder"), args))
+        result: Any = None
+        for inner in sub.graph.nodes:
+            if inner.op == "output":
+                result = fx.node.map_arg(inner.args[0], lambda n: env[n])
+            elif inner.op != "placeholder":
+                with gm.graph.inserting_before(node):
+                    env[inner] = gm.graph.node_copy(inner, lambda n: env[n])
+                if inner.op == "get_attr":
+                    name = unused_name(gm, str(inner.target))
+                    put(gm, name, fetch(sub, str(inner.target)))
+                    env[inner].target = name
+        _unpack(node, result)
+
+
+def _unpack(node: fx.Node, result: Any) -> None:
+    for user in list(node.users):
+        _replace(user, result[user.args[1]] if isinstance(result, (tuple, list)) else result)
+    node.graph.erase_node(node)
+
+
+def undeclared(gm: fx.GraphModule) -> list[fx.Node]:
+    """Call nodes whose target has no declared meaning."""
+    return [n for n in gm.graph.nodes if n.op == "call_function" and n.target not in BY_TARGET]

@@ -1,0 +1,265 @@
+"""float -> qat: one quantizer per ruled value, biases on the grid of their product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+from ..errors import ConfigError
+from ..graph import behind_dropout, constants, fetch, module_path, moves_data, output_args, plumbing, put, root, site_of
+from ..lsq import Lsq, make_quantizer
+from ..op import is_float, op_of, tensor_args
+from ..ops.qat import bias_grid
+from ..pipeline import graph_pass
+from ..qconfig import QConfig, QSpec, Rule
+
+EXACT = ("linear", "matmul", "bmm", "conv1d", "embedding")  # their results are integers already: nothing to round
+
+
+@dataclass
+class Demand:
+    """One value to be quantized with one spec, and the (consumer, operand) pairs that read it so."""
+
+    value: fx.Node
+    spec: QSpec
+    kind: str
+    why: str
+    uses: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+
+
+@graph_pass("float->qat")
+def insert_quantizers(gm: fx.GraphModule) -> None:
+    """op(x, w, b) -> op(lsq(x), lsq(w), bias_grid(b)); an embedding is gathered first, then quantized"""
+    qconfig: QConfig = gm.meta["qconfig"]
+    demands = _demands(gm, qconfig)
+    fuel = gm.meta.get("fuel")
+    for demand in demands[:fuel]:
+        _insert(gm, demand)
+    _name_copies(gm)
+    for node in list(gm.graph.nodes):
+        _ground_bias(gm, node)
+
+
+def _demands(gm: fx.GraphModule, qconfig: QConfig) -> list[Demand]:
+    """Every value some rule wants quantized, in graph order; ConfigError where two rules disagree about one."""
+    moved = plumbing(gm.graph)
+    ops = [n for n in gm.graph.nodes if (op := op_of(n)) is not None and not moves_data(n) and n not in moved]
+    qconfig.check_matches([(site_of(n), op_of(n).name) for n in ops])  # type: ignore[union-attr]
+    heads = set() if qconfig.heads == "quantized" else _heads(gm)
+    found: dict[tuple[object, str], Demand] = {}
+    for node in ops:
+        op = op_of(node)
+        rule = qconfig.find(site_of(node), op.name)  # type: ignore[union-attr]
+        if node in heads and rule is not None and rule.optional:
+            node.meta["decision"] = ("float", "head: the papers keep the output layer in floats")
+            continue
+        if rule is None:
+            node.meta["decision"] = ("float", "no rule names it")
+            continue
+        _want(gm, node, rule, moved, found)
+    if qconfig.placement == "integer":
+        _want_outputs(gm, qconfig, moved, found)
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    return sorted(found.values(), key=lambda d: min(order[u] for u, _ in d.uses))
+
+
+def _want(
+    gm: fx.GraphModule, node: fx.Node, rule: Rule, moved: set[fx.Node], found: dict[tuple[object, str], Demand]
+) -> None:
+    op = op_of(node)
+    operands = tensor_args(node)
+    kinds = op.signature.operands  # type: ignore[union-attr]
+    wide = "wide" in kinds and rule.wide is not None
+    if wide and any(o in moved for o in operands):  # a mask is added: part of the softmax behind it
+        node.meta["decision"] = ("float", "adds the attention mask; goes with the softmax")
+        return
+    got = []
+    for operand, kind in zip(operands, kinds):
+        demand = _demand(gm, operand, kind, rule, moved)
+        if demand is None:
+            continue
+        key = (_identity(demand.value), "wide" if demand.kind == "wide" else "act")
+        known = found.setdefault(key, demand)
+        if known.spec != demand.spec:
+            first = site_of(known.uses[0][0]) if known.uses else site_of(known.value)
+            raise ConfigError(
+                f"two rules quantize one value differently: {first} wants {known.spec}, {site_of(node)} {demand.spec}",
+                where=site_of(demand.value) if demand.value.op != "get_attr" else str(demand.value.target),
+                do="give both consumers the same spec, or leave one of them float",
+            )
+        known.uses.append((node, operand))
+        got.append(f"{kind}:{demand.spec.quantizer}{demand.spec.bits}")
+    node.meta["decision"] = (", ".join(got) or "float", rule.why or f"rule site={rule.site} op={rule.op}")
+
+
+def _demand(gm: fx.GraphModule, operand: fx.Node, kind: str, rule: Rule, moved: set[fx.Node]) -> Demand | None:
+    value = root(operand)
+    if not is_float(value) or value in moved:
+        return None
+    if value.op == "get_attr":
+        is_weight = kind == "weight" or (kind == "act" and isinstance(fetch(gm, str(value.target)), nn.Parameter))
+        spec = rule.spec("weight") if kind == "weight" else rule.spec("act") if is_weight else None
+        return Demand(value, spec, "weight", rule.why) if spec is not None else None
+    producer = op_of(behind_dropout(value))
+    name = producer.name if producer else ""
+    if kind in ("act", "prob"):
+        kind = "prob" if producer is not None and producer.signature.result == "prob" else "act"
+        spec = rule.spec(kind)
+    elif kind == "wide" and (rule.wide is not None or rule.act is not None):
+        if name in EXACT or (name in ("mul", "div") and rule.wide is None):
+            return None
+        spec = rule.wide if name == "add" and rule.wide is not None else rule.spec("act") if rule.wide else None
+        kind = "wide" if name == "add" else "act"
+    else:
+        return None
+    return Demand(value, spec, kind, rule.why) if spec is not None else None
+
+
+def _identity(value: fx.Node) -> object:
+    """Parameters are one value however many nodes read them."""
+    return ("parameter", id(fetch_parameter(value))) if value.op == "get_attr" else value
+
+
+def fetch_parameter(node: fx.Node) -> torch.Tensor:
+    return fetch(node.graph.owning_module, str(node.target))  # type: ignore[arg-type]
+
+
+def _want_outputs(
+    gm: fx.GraphModule, qconfig: QConfig, moved: set[fx.Node], found: dict[tuple[object, str], Demand]
+) -> None:
+    """With the integer placement what leaves the graph is quantized too, unless it is an exact accumulator."""
+    (out,) = gm.graph.find_nodes(op="output")
+    for operand in output_args(gm.graph):
+        if not isinstance(operand, fx.Node) or not is_float(operand) or root(operand) in moved:
+            continue
+        value = root(operand)
+        producer = op_of(behind_dropout(value))
+        rule = qconfig.find(site_of(value), producer.name) if producer else None
+        if producer is None or rule is None or producer.name in EXACT:
+            continue
+        demand = _demand(gm, operand, "act", rule, moved)
+        if demand is not None:
+            found.setdefault((_identity(demand.value), "act"), demand).uses.append((out, operand))
+
+
+def _heads(gm: fx.GraphModule) -> set[fx.Node]:
+    """Matrix products whose result leaves the graph as it is, unless their weight is an embedding table too."""
+    tables = {id(fetch_parameter(t)) for n in gm.graph.nodes if (t := _table(n)) is not None}
+    found = set()
+    for value in output_args(gm.graph):
+        node = behind_dropout(value) if isinstance(value, fx.Node) else value
+        op = op_of(node) if isinstance(node, fx.Node) else None
+        if op is None or op.name not in EXACT:
+            continue
+        weights = [root(o) for o in tensor_args(node)]
+        if not any(w.op == "get_attr" and id(fetch_parameter(w)) in tables for w in weights):
+            found.add(node)
+    return found
+
+
+def _table(node: fx.Node) -> fx.Node | None:
+    op = op_of(node)
+    if op is None or op.name != "embedding":
+        return None
+    source = root(tensor_args(node)[0])
+    return source if source.op == "get_attr" else None
+
+
+def _insert(gm: fx.GraphModule, demand: Demand) -> None:
+    if demand.value.op == "get_attr":
+        _insert_weight(gm, demand)
+    else:
+        name = f"{_attribute(site_of(demand.value))}_{'wide_' if demand.kind == 'wide' else ''}lsq"
+        quantizer = make_quantizer(demand.spec, role="act")
+        node = _call(gm, name, quantizer, demand.value, site_of(demand.value) + ("/w" if demand.kind == "wide" else "/q"))
+        for user, operand in demand.uses:
+            _reread(user, operand, demand.value, node)
+
+
+def _insert_weight(gm: fx.GraphModule, demand: Demand) -> None:
+    weight = fetch_parameter(demand.value)
+    channels = weight.shape[0] if demand.spec.axis == 0 else None
+    quantizer = make_quantizer(demand.spec, channels=channels, numel=weight.numel(), role="weight")
+    quantizer.init_from(weight.detach())
+    name = f"{demand.value.target}_lsq"
+    gathered = demand.spec.axis is None and demand.spec.quantizer in GATHER_FIRST
+    whole: fx.Node | None = None
+    for user, operand in demand.uses:
+        if gathered and _table(user) is not None:
+            node = _call(gm, name, quantizer, user, site_of(user) + "/q")
+            user.replace_all_uses_with(node, delete_user_cb=lambda u, keep=node: u is not keep)
+        else:
+            if whole is None:
+                whole = _call(gm, name, quantizer, demand.value, f"{demand.value.target}/q")
+            _reread(user, operand, demand.value, whole)
+
+
+GATHER_FIRST = ("lsq", "lsq+", "kdlsq")  # their scale does not depend on the rows that are not read
+
+
+def _call(gm: fx.GraphModule, name: str, quantizer: Lsq, value: fx.Node, site: str) -> fx.Node:
+    put(gm, name, quantizer)
+    if value.op == "get_attr":  # right before the first reader, behind every constant and input
+        point = min(value.users, key={n: i for i, n in enumerate(gm.graph.nodes)}.__getitem__)
+        with gm.graph.inserting_before(point):
+            node = gm.graph.call_module(name, (value,))
+    else:
+        with gm.graph.inserting_after(value):
+            node = gm.graph.call_module(name, (value,))
+    node.meta = {"val": value.meta["val"], "path": module_path(value), "site": site}
+    return node
+
+
+def _attribute(site: str) -> str:
+    """A site as the dotted name of an attribute: ``a.b/op:1`` -> ``a.b.op_1``."""
+    return site.replace("/", ".").replace(":", "_")
+
+
+def _reread(user: fx.Node, operand: fx.Node, value: fx.Node, quantized: fx.Node) -> None:
+    """Let ``user`` read ``operand`` made from ``quantized`` in place of ``value``, copying the movers between."""
+    user.replace_input_with(operand, _moved_copy(operand, value, quantized))
+
+
+def _moved_copy(operand: fx.Node, value: fx.Node, quantized: fx.Node) -> fx.Node:
+    if operand is value:
+        return quantized
+    source = tensor_args(operand)[0]
+    base = _moved_copy(source, value, quantized)
+    for sibling in base.users:  # one copy serves all readers
+        if sibling.meta.get("copy_of") is operand:
+            return sibling
+    copies: dict[fx.Node, fx.Node] = {source: base}
+    with operand.graph.inserting_after(operand):
+        new = operand.graph.node_copy(operand, lambda n: copies.get(n, n))
+    new.meta = {k: v for k, v in operand.meta.items() if k != "site"} | {"copy_of": operand}
+    return new
+
+
+def _name_copies(gm: fx.GraphModule) -> None:
+    """A copied mover whose original nobody reads any more takes its site."""
+    for node in reversed(list(gm.graph.nodes)):
+        original = node.meta.pop("copy_of", None)
+        if original is not None and not original.users:
+            node.meta["site"] = site_of(original)
+            gm.graph.erase_node(original)
+
+
+def _ground_bias(gm: fx.GraphModule, node: fx.Node) -> None:
+    """bias -> bias_grid(bias, x_lsq, w_lsq) where both factors of the product are quantized."""
+    op = op_of(node)
+    if op is None or op.signature.operands != ("act", "weight", "bias"):
+        return
+    operands = tensor_args(node)
+    if len(operands) < 3 or operands[2].op != "get_attr":
+        return
+    factors = [root(o) for o in operands[:2]]
+    if not all(f.op == "call_module" and isinstance(fetch(gm, str(f.target)), Lsq) for f in factors):
+        return
+    known = constants(gm.graph)
+    with gm.graph.inserting_before(node):
+        modules = [known.get(str(f.target)) or gm.graph.get_attr(str(f.target)) for f in factors]
+        grid = gm.graph.call_function(bias_grid, (operands[2], *modules))
+    grid.meta = {"val": operands[2].meta["val"], "path": module_path(node)}
+    node.replace_input_with(operands[2], grid)
