@@ -1,0 +1,53 @@
+"""A quantization compiler for BERT-family models: LSQ training with distillation, integer execution, ONNX QDQ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "prepare_qat": "api",
+    "freeze_qat": "api",
+    "convert": "api",
+    "export_onnx": "api",
+    "from_pretrained": "api",
+    "calibrate": "calibrate",
+    "param_groups": "calibrate",
+    "scale_report": "calibrate",
+    "compare": "compare",
+    "distill": "distill",
+    "Tap": "distill",
+    "match_graphs": "matching",
+    "capture": "capture",
+    "graph_pass": "pipeline",
+    "Trace": "pipeline",
+    "QSpec": "qconfig",
+    "Rule": "qconfig",
+    "QConfig": "qconfig",
+    "preset": "qconfig",
+    "KdlsqError": "errors",
+}
+__all__ = [*_WHERE]
+
+if TYPE_CHECKING:
+    from .api import convert, export_onnx, freeze_qat, from_pretrained, prepare_qat
+    from .calibrate import calibrate, param_groups, scale_report
+    from .capture import capture
+    from .compare import compare
+    from .distill import Tap, distill
+    from .errors import KdlsqError
+    from .matching import match_graphs
+    from .pipeline import Trace, graph_pass
+    from .qconfig import QConfig, QSpec, Rule, preset
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use: ``import kdlsq_fx`` alone is quick and needs no transformers or onnx."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from torch import nn
 
 from .capture import Captured, capture
 from .errors import CalibrationError, ConfigError
+from .files import INFO, read_json
+from .graph import output_args
 from .lsq import Lsq
 from .model import QuantModel, wrap
 from .passes.drop_dropout import drop_dropout
@@ -20,6 +23,7 @@ from .passes.insert_quantizers import insert_quantizers
 from .passes.lower import lower
 from .pipeline import Pass, Trace, run_passes
 from .qconfig import QConfig, Rule, resolve
+from .saving import load_qat, versions
 
 QConfigLike = str | Path | QConfig | Rule | Sequence[Rule]
 
@@ -94,6 +98,36 @@ def convert(
         lower,  # dequantize -> op -> quantize collapses into integer primitives
     ]
     return executor(_derive(qat, pipeline, passes, stop_after, trace), backend)
+
+
+def export_onnx(qat: QuantModel, path: str | Path, *, target: str = "ort-cpu", passes: Iterable[Pass] = ()) -> Any:
+    """Write the trained graph as ONNX QDQ for a runtime; returns what the exporter reports (kernels, sizes).
+
+    The quantizers in the file are those that were trained, at their trained scales; nothing is added or dropped.
+    Raises CalibrationError before calibration, CheckpointError where ``path`` cannot be written.
+    """
+    from .backends.onnx import export
+
+    qdq = qat if isinstance(qat, QuantModel) and qat.stage in ("qdq", "float") else freeze_qat(qat, passes=passes)
+    outputs = qdq.output_names or tuple(f"output_{i}" for i in range(len(output_args(qdq.gm.graph))))
+    metadata = {"qconfig": json.dumps(qdq.qconfig.to_dict()), "model_class": qdq.model_class, "stage": qdq.stage}
+    return export(
+        qdq.gm, path, target=target, input_names=qdq.input_names, output_names=outputs, metadata={**metadata, **versions()}
+    )
+
+
+def from_pretrained(path: str | Path, *, model: nn.Module | None = None, passes: Iterable[Pass] = (), backend: str = "reference") -> Any:
+    """Load a folder: ``qat/`` gives a trainable QuantModel, ``int/`` a model that runs on ``backend``.
+
+    ``model`` and ``passes`` as they were given to ``prepare_qat``, for models that are not Hugging Face's.
+    Raises CheckpointError for folders that are absent, damaged, of a later format, or of another graph.
+    """
+    folder = Path(path)
+    if read_json(folder / INFO).get("stage") == "int":
+        from .backends import load_executor
+
+        return load_executor(folder, backend)
+    return load_qat(folder, prepare_qat, model, tuple(passes))
 
 
 def _derive(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,6 +129,12 @@ class QuantModel(nn.Module):
             if name in TEXT and value.shape[-1] != ids.shape[-1]:
                 raise InputError(f"{name} has shape {tuple(value.shape)}, input_ids {tuple(ids.shape)}", where=name)
 
+    def save_pretrained(self, path: str | Path, tokenizer: Any = None, **_: Any) -> Path:
+        """Write the folder that ``kdlsq_fx.from_pretrained`` reads. CheckpointError where it cannot be written."""
+        from .saving import save_qat
+
+        return save_qat(self, path, tokenizer)
+
     def table(self) -> str:
         """Per site: what it got and by which rule, as text."""
         from .report import site_table
@@ -191,5 +197,3 @@ def _position_offset(config: Any) -> int:
     family = str(getattr(config, "model_type", ""))
     return int(config.pad_token_id) + 1 if family in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
 
-
-LossFunction = Callable[..., torch.Tensor]

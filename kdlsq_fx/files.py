@@ -1,0 +1,108 @@
+"""Writing and reading checkpoint files: atomic writes, safetensors with an alias table, JSON with a format version."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .errors import CheckpointError
+
+FORMAT = 1
+INFO = "kdlsq.json"
+WEIGHTS = "model.safetensors"
+
+
+def make_folder(path: str | Path) -> Path:
+    """The folder, made if need be; CheckpointError where it cannot be written to."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as err:
+        raise CheckpointError(f"cannot write to {folder}: {err.strerror or err}", do="choose another folder") from None
+    return folder
+
+
+def write_atomic(path: Path, write: Callable[[str], None]) -> None:
+    """``write(temporary name)``, then rename over ``path``: the old file stays whole until the new one is."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+    except OSError as err:
+        raise CheckpointError(f"cannot write {path}: {err.strerror or err}", do="choose another folder") from None
+    try:
+        write(name)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except OSError as err:
+        raise CheckpointError(f"cannot write {path}: {err.strerror or err}", do="free space or choose a folder") from err
+    finally:
+        if os.path.exists(name):
+            os.unlink(name)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    text = json.dumps(data, indent=1) + "\n"
+    write_atomic(path, lambda name: Path(name).write_text(text, encoding="utf-8") and None)
+
+
+def read_json(path: Path, *, newest: int = FORMAT) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError when it is absent, broken, or of a later format version."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist", do="give a folder written by save_pretrained") from None
+    except (OSError, ValueError) as err:
+        raise CheckpointError(f"{path} cannot be read: {err}", do="copy the folder again") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds no object", do="copy the folder again")
+    version = data.get("format", 0)
+    if not isinstance(version, int) or version > newest:
+        raise CheckpointError(
+            f"{path} has format {version}, this version of kdlsq_fx reads up to {newest}", do="upgrade kdlsq_fx"
+        )
+    return data
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """safetensors, each storage once; names that share one are kept in the header's alias table."""
+    kept: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach()
+        key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride()) if value.numel() else (name,)
+        if key in seen:
+            aliases[name] = seen[key]
+            continue
+        seen[key] = name
+        kept[name] = value.contiguous().clone() if not value.is_contiguous() else value
+    write_atomic(path, lambda tmp: save_file(kept, tmp, metadata={"aliases": json.dumps(aliases)}))
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file, aliases resolved; CheckpointError when it is absent, truncated or no safetensors."""
+    from safetensors import safe_open
+
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist", do="give a folder written by save_pretrained")
+    try:
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
+    except (SafetensorError, OSError, ValueError) as err:
+        raise CheckpointError(f"{path} is damaged: {err}", do="copy the file again; it is truncated or no safetensors") from None
+    for name, source in aliases.items():
+        tensors[name] = tensors[source]
+    return tensors

@@ -1,0 +1,92 @@
+"""A qat model as a folder and back: weights and scales, qconfig, the model's config, versions, graph hash."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .errors import CheckpointError
+from .files import FORMAT, INFO, WEIGHTS, make_folder, read_json, read_tensors, write_json, write_tensors
+from .graph import text
+from .qconfig import QConfig
+
+if TYPE_CHECKING:
+    from .model import QuantModel
+
+EXAMPLE = "example.safetensors"
+
+
+def graph_hash(gm: torch.fx.GraphModule) -> str:
+    """sha256 of the graph's text: equal hashes mean the same nodes, sites and arguments."""
+    return hashlib.sha256(text(gm).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "kdlsq-fx")}
+
+
+def save_qat(qat: QuantModel, path: str | Path, tokenizer: Any = None) -> Path:
+    """Write a qat folder: ``kdlsq.json`` (last), ``model.safetensors``, ``config.json``, tokenizer files."""
+    folder = make_folder(path)
+    write_tensors(folder / WEIGHTS, qat.gm.state_dict())
+    example = {k: v for k, v in qat.example.items() if isinstance(v, torch.Tensor)}
+    if example:
+        write_tensors(folder / EXAMPLE, example)
+    if qat.config is not None and hasattr(qat.config, "save_pretrained"):
+        qat.config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    info = {
+        "format": FORMAT,
+        "stage": qat.stage,
+        "model_class": qat.model_class,
+        "versions": versions(),
+        "graph": graph_hash(qat.gm),
+        "qconfig": qat.qconfig.to_dict(),
+    }
+    write_json(folder / INFO, info)
+    return folder
+
+
+def load_qat(folder: Path, prepare: Callable[..., QuantModel], model: nn.Module | None, passes: Any) -> QuantModel:
+    """Rebuild the qat model of a folder: the same capture and passes, then the saved weights and scales.
+
+    ``model`` serves what is not Hugging Face's (its weights do not matter). Raises CheckpointError when the graph that
+    comes out is not the one that was saved, or the weights do not fit it.
+    """
+    info = read_json(folder / INFO)
+    tensors = read_tensors(folder / WEIGHTS)
+    example = read_tensors(folder / EXAMPLE) if (folder / EXAMPLE).exists() else None
+    source = model if model is not None else _fresh_model(folder, str(info["model_class"]))
+    qat = prepare(source, QConfig.from_dict(info["qconfig"]), example=example, passes=passes)
+    if graph_hash(qat.gm) != info["graph"]:
+        made = ", ".join(f"{k} {v}" for k, v in info["versions"].items())
+        raise CheckpointError(
+            f"the graph captured here is not the one in {folder} (written with {made})",
+            do="install those versions, or pass the same model= and passes= as when it was saved",
+        )
+    own = qat.gm.state_dict()
+    wrong = sorted(own.keys() ^ tensors.keys()) or [k for k in own if own[k].shape != tensors[k].shape]
+    if wrong:
+        raise CheckpointError(f"{folder / WEIGHTS} does not fit the graph", where=wrong[0], do="copy the folder again")
+    qat.gm.load_state_dict(tensors)
+    return qat.eval()
+
+
+def _fresh_model(folder: Path, model_class: str) -> nn.Module:
+    import transformers
+
+    cls = getattr(transformers, model_class, None)
+    if cls is None or not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds a {model_class or 'model'} that is not Hugging Face's",
+            do="pass the module: from_pretrained(path, model=...)",
+        )
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return cls(config)  # type: ignore[no-any-return]
