@@ -1,0 +1,157 @@
+"""Capture: bit for bit the eager model, at other shapes, in both modes; clear errors for what cannot be captured."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from families import FAMILIES, batch, for_model, tiny
+from torch import nn
+
+from kdlsq_fx.capture import capture
+from kdlsq_fx.errors import CaptureError
+from kdlsq_fx.graph import sited
+
+
+def eager(model: nn.Module) -> nn.Module:
+    own = copy.deepcopy(model)
+    for m in own.modules():
+        if hasattr(getattr(m, "config", None), "_attn_implementation"):
+            m.config._attn_implementation = "eager"
+    return own
+
+
+def run(captured, data):
+    return captured.gm(*(data[k] for k in captured.inputs))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_eager_bit_for_bit(family):
+    model = tiny(family)
+    before = copy.deepcopy(model.state_dict())
+    captured = capture(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    reference = eager(model).eval()
+    captured.gm.eval()
+    with torch.no_grad():
+        for rows, length in ((1, 1), (4, 9), (2, 60), (3, 130)):
+            data = batch(rows, length)
+            want = reference(**for_model(model, data))
+            got = run(captured, data)
+            assert captured.outputs == tuple(want.keys())
+            assert all(torch.equal(g, w) for g, w in zip(got, want.values())), (rows, length)
+        plain = model.eval()(**for_model(model, batch()))
+        torch.testing.assert_close(run(captured, batch())[0], plain[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_train_mode_draws_the_same_dropout(family):
+    model = tiny(family)
+    captured = capture(model)
+    reference = eager(model).train()
+    captured.gm.train()
+    data = batch()
+    torch.manual_seed(3)
+    want = reference(**for_model(model, data))[0]
+    torch.manual_seed(3)
+    assert torch.equal(run(captured, data)[0], want)
+    captured.gm.eval()
+    assert not torch.equal(run(captured, data)[0], want)
+
+
+@pytest.mark.parametrize("head", ["ForQuestionAnswering", "ForTokenClassification", "ForMaskedLM", "Model"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra", "albert", "modernbert"])
+def test_other_heads(family, head):
+    model = tiny(family, head)
+    captured = capture(model)
+    captured.gm.eval()
+    reference = eager(model).eval()
+    data = batch(3, 11)
+    with torch.no_grad():
+        want = reference(**for_model(model, data))
+        got = run(captured, data)
+    assert captured.outputs == tuple(want.keys())
+    assert all(torch.equal(g, w) for g, w in zip(got, want.values()))
+
+
+def test_sites_are_stable_and_unique():
+    first, second = (sited(capture(tiny("albert")).gm.graph) for _ in range(2))
+    assert list(first) == list(second)
+    assert "albert.encoder.albert_layer_groups.0.albert_layers.0.attention.query/linear:1" in first
+    bert = sited(capture(tiny("bert")).gm.graph)
+    assert "bert.encoder.layer.1.attention.self.query/linear" in bert
+
+
+def test_parameters_keep_their_names_and_ties():
+    model = tiny("bert", "ForMaskedLM")
+    captured = capture(model)
+    names = dict(captured.gm.named_parameters(remove_duplicate=False))
+    assert set(names) <= set(dict(model.named_parameters(remove_duplicate=False)))
+    table = names["bert.embeddings.word_embeddings.weight"]
+    assert sum(p.data_ptr() == table.data_ptr() for p in captured.gm.parameters()) == 1
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.3), nn.Linear(16, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def test_any_module_with_an_example():
+    model = Plain()
+    captured = capture(model, example=(torch.randn(3, 8),))
+    captured.gm.eval()
+    x = torch.randn(7, 8)
+    assert torch.equal(captured.gm(x)[0], model.eval()(x))
+    with pytest.raises(CaptureError, match="example="):
+        capture(model)
+
+
+def test_graph_module_and_exported_program():
+    model = Plain().eval()
+    x = torch.randn(3, 8)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    y = torch.randn(5, 8)
+    assert torch.equal(capture(program).gm(y)[0], model(y))
+    assert torch.equal(capture(program.module(check_guards=False)).gm(y)[0], model(y))
+    with pytest.raises(CaptureError, match="torch.export"):
+        capture(torch.fx.symbolic_trace(model))
+
+
+class Branches(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 0:
+            return x * 2
+        return x
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep = nn.Module()
+        self.deep.forward = lambda x: torch.erfinv(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(x)
+
+
+def test_what_cannot_be_captured_is_named():
+    with pytest.raises(CaptureError) as err:
+        capture(Branches(), example=(torch.randn(3, 8),))
+    assert "test_capture.py" in str(err.value) and "Branches" in str(err.value)
+    with pytest.raises(CaptureError, match="special_bessel_j0"):
+        capture(Odd(), example=(torch.randn(3, 8),))
+    with pytest.raises(CaptureError, match="int"):
+        capture(3)
+
+
+def test_dropout_keeps_its_own_p():
+    model = tiny("bert", hidden_dropout_prob=0.25, attention_probs_dropout_prob=0.05)
+    drops = [m.p for m in capture(model).gm.modules() if isinstance(m, nn.Dropout)]
+    assert sorted(set(drops)) == [0.05, 0.25]
+    assert "attention_mask" in inspect.signature(model.forward).parameters
