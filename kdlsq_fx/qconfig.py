@@ -1,0 +1,291 @@
+"""What gets quantized and how: QSpec, Rule, QConfig; globs over sites; JSON. Presets by name live in presets.py."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from kdlsq_fx.errors import ConfigError
+
+QUANTIZER_NAMES = ("kdlsq", "lsq", "lsq+", "minmax", "ema", "twn")
+INIT_NAMES = ("", "mean", "quantile", "mse", "minmax")
+NONLINEAR_NAMES = ("", "table", "polynomial")
+PLACEMENTS = ("kdlsq", "integer")
+HEADS = ("float", "quantized")
+WIDE_BITS = (16, 22, 32)
+FORMAT = 1
+_TWO_SIDED = ("lsq", "lsq+")  # the LSQ papers use all 2**b codes; the others are symmetric around zero
+
+
+@dataclass(frozen=True, kw_only=True)
+class QSpec:
+    """How one value is quantized: ``real = (q - zp) * scale`` with integer ``qmin <= q <= qmax``.
+
+    ``bits``       2 to 8; 16, 22 and 32 only for the wide operands of the integer placement.
+    ``signed``     None: by the value's kind (probabilities unsigned, all else signed); see :meth:`for_kind`.
+    ``axis``       None: one scale per tensor; 0: one per output channel of a weight or per row of a table.
+    ``quantizer``  a name of lsq.QUANTIZERS.
+    ``init``       where the first scale comes from: mean, quantile, mse, minmax; "" is the quantizer's default.
+
+    ``qmin, qmax``: lsq and lsq+ signed ``-2**(b-1) .. 2**(b-1)-1`` (LSQ, arXiv 1902.08153); all others signed
+    ``+-(2**(b-1)-1)``, so ternary at 2 bits (KDLSQ's released code); unsigned always ``0 .. 2**b-1``.
+    Raises ConfigError for anything outside these.
+    """
+
+    bits: int
+    signed: bool | None = None
+    axis: int | None = None
+    quantizer: str = "kdlsq"
+    init: str = ""
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or not (2 <= self.bits <= 8 or self.bits in WIDE_BITS):
+            raise ConfigError(f"bits={self.bits!r} is not possible", do="use a whole number from 2 to 8")
+        if not (self.signed is None or type(self.signed) is bool):
+            raise ConfigError(f"signed={self.signed!r} is not possible", do="use true, false or null (by value kind)")
+        if not (self.axis is None or (type(self.axis) is int and self.axis == 0)):
+            raise ConfigError(f"axis={self.axis!r} is not possible", do="use null (per tensor) or 0 (per channel, row)")
+        _one_of("quantizer", self.quantizer, QUANTIZER_NAMES)
+        _one_of("init", self.init, INIT_NAMES)
+        if self.quantizer == "twn" and (self.bits != 2 or self.signed is False):
+            raise ConfigError(f"quantizer 'twn' is ternary, got bits={self.bits}, signed={self.signed}",
+                              do="use bits=2 and signed=null, or quantizer 'ema' for more bits")  # fmt: skip
+
+    @property
+    def qmax(self) -> int:
+        return 2**self.bits - 1 if self.signed is False else 2 ** (self.bits - 1) - 1
+
+    @property
+    def qmin(self) -> int:
+        if self.signed is False:
+            return 0
+        return -self.qmax - 1 if self.quantizer in _TWO_SIDED else -self.qmax
+
+    def for_kind(self, kind: str) -> QSpec:
+        """The spec with ``signed`` decided: ``"prob"`` (in [0, 1]) is unsigned, every other kind signed."""
+        return self if self.signed is not None else replace(self, signed=kind != "prob")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Which sites (key: ``site`` glob and ``op`` name, ``*`` allowed) get which QSpec (None: that operand is float).
+
+    ``weight, act, wide``  by operand kind of the op's signature; ``act`` serves ``act`` and ``prob`` operands.
+    ``nonlinear``          how to lower a non-linear op: "", "table", "polynomial".
+    ``why``                the reason printed in the table of sites.
+    ``optional``           True: the rule may match nothing (presets serve many architectures).
+    """
+
+    site: str = "**"
+    op: str = "*"
+    weight: QSpec | None = None
+    act: QSpec | None = None
+    wide: QSpec | None = None
+    nonlinear: str = ""
+    why: str = ""
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("site", "op", "nonlinear", "why"):
+            if not isinstance(getattr(self, key), str):
+                raise ConfigError(f"rule: {key}={getattr(self, key)!r} is not a string", do=f"give {key} as text")
+        for key in ("weight", "act", "wide"):
+            if not isinstance(getattr(self, key), QSpec | None):
+                raise ConfigError(
+                    f"rule: {key}={getattr(self, key)!r} is not a QSpec", do="use QSpec(bits=...) or None"
+                )
+        if type(self.optional) is not bool:
+            raise ConfigError(f"rule: optional={self.optional!r} is not true or false", do="use true or false")
+        for key in ("site", "op"):
+            if not getattr(self, key):
+                raise ConfigError(f"rule: {key} is empty", do="use '**' for every site, '*' for every op")
+        _one_of("nonlinear", self.nonlinear, NONLINEAR_NAMES)
+
+    def matches(self, site: str, op: str) -> bool:
+        """True where both globs fit; see :func:`site_matches`."""
+        return _component(self.op).fullmatch(op) is not None and site_matches(self.site, site)
+
+    match = matches
+
+    def spec(self, kind: str) -> QSpec | None:
+        """The QSpec for an operand of this kind (``weight act prob wide``), ``signed`` decided; None: float."""
+        field = {"weight": self.weight, "act": self.act, "prob": self.act, "wide": self.wide}.get(kind)
+        return field.for_kind(kind) if field else None
+
+    @property
+    def is_float(self) -> bool:
+        return self.weight is None and self.act is None and self.wide is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QConfig:
+    """Rules (first match wins), where quantizers stand, and what happens to heads.
+
+    ``placement``  "kdlsq": operands of matrix products and embedding tables (papers 1.2); "integer": every value.
+    ``heads``      "float": the last linear of a classifier or QA head keeps its floats; "quantized": as any other.
+    """
+
+    rules: tuple[Rule, ...]
+    placement: Literal["kdlsq", "integer"] = "kdlsq"
+    heads: Literal["float", "quantized"] = "float"
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+        bad = [r for r in self.rules if not isinstance(r, Rule)]
+        if bad:
+            raise ConfigError(f"{bad[0]!r} is not a Rule", do="build a qconfig from Rule(site=..., op=..., ...)")
+        if not isinstance(self.name, str):
+            raise ConfigError(f"name={self.name!r} is not a string")
+        _one_of("placement", self.placement, PLACEMENTS)
+        _one_of("heads", self.heads, HEADS)
+
+    def find(self, site: str, op: str) -> Rule | None:
+        """The first rule that fits this site and op name; None: nothing is quantized there."""
+        return next((rule for rule in self.rules if rule.matches(site, op)), None)
+
+    def with_rules(self, *rules: Rule) -> QConfig:
+        """The same config with these rules in front, so that they win."""
+        return replace(self, rules=(*rules, *self.rules), name=self.name if not rules else f"{self.name}+rules")
+
+    def unmatched(self, sites: Iterable[tuple[str, str]]) -> tuple[Rule, ...]:
+        """Rules, but for optional ones, that fit none of these (site, op name) pairs."""
+        pairs = list(sites)
+        return tuple(r for r in self.rules if not r.optional and not any(r.matches(s, op) for s, op in pairs))
+
+    def check_matches(self, sites: Iterable[tuple[str, str]]) -> None:
+        """ConfigError for the first rule that fits nothing; it lists the sites nearest to the rule's glob."""
+        pairs = list(sites)
+        for rule in self.unmatched(pairs):
+            same_op = [s for s, op in pairs if _component(rule.op).fullmatch(op)]
+            names = same_op or [s for s, _ in pairs]
+            near = get_close_matches(rule.site, names, n=5, cutoff=0.3) or names[:5]
+            what = f"rule (site={rule.site!r}, op={rule.op!r}) matches nothing"
+            if not same_op:
+                what += f"; no op {rule.op!r} here, ops are {sorted({op for _, op in pairs})}"
+            raise ConfigError(what, do="correct the rule or drop it; sites near it: " + ", ".join(near))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self), "rules": [asdict(r) for r in self.rules]}
+
+    def to_json(self, indent: int | None = 1) -> str:
+        """Text that :meth:`from_json` turns back into an equal QConfig."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> QConfig:
+        """ConfigError names the first unknown key or wrong type and lists what is allowed."""
+        values = _checked(data, cls, "qconfig", extra=("format",))
+        if values.pop("format", FORMAT) != FORMAT:
+            raise ConfigError(
+                f"qconfig: format {data['format']!r} is unknown", do=f"this version reads format {FORMAT}"
+            )
+        rules = values.pop("rules", None)
+        if not isinstance(rules, list):
+            raise ConfigError("qconfig: 'rules' must be a list of objects", do='write {"rules": [{...}, ...]}')
+        return cls(rules=tuple(_rule_from(r, f"rules[{i}]") for i, r in enumerate(rules)), **values)
+
+    @classmethod
+    def from_json(cls, text: str) -> QConfig:
+        try:
+            data = json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"qconfig is not JSON: {error}", do="write it with QConfig.to_json()") from error
+        return cls.from_dict(data)
+
+
+def _rule_from(data: Any, where: str) -> Rule:
+    values = _checked(data, Rule, where)
+    for key in ("weight", "act", "wide"):
+        if values.get(key) is not None:
+            spec = _checked(values[key], QSpec, f"{where}.{key}")
+            if "bits" not in spec:
+                raise ConfigError("'bits' is missing", where=f"{where}.{key}", do='add "bits": 2 to 8')
+            values[key] = _located(QSpec, spec, f"{where}.{key}")
+    return cast(Rule, _located(Rule, values, where))
+
+
+def _located(cls: type, values: dict[str, Any], where: str) -> Any:
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(error.what, where=where, do=str(error).partition("-> ")[2]) from None
+
+
+def _checked(data: Any, cls: type, where: str, *, extra: Sequence[str] = ()) -> dict[str, Any]:
+    """A copy of a JSON object whose keys are all fields of ``cls``."""
+    allowed = [f.name for f in fields(cls)] + list(extra)
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"expected an object with the keys {allowed}, got {data!r:.80}", where=where)
+    for key in data:
+        if key not in allowed:
+            near = get_close_matches(str(key), allowed, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"unknown key {key!r}", where=where, do=f"{hint}allowed keys: {', '.join(allowed)}")
+    return dict(data)
+
+
+def _one_of(key: str, value: Any, allowed: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        near = get_close_matches(str(value), [a for a in allowed if a], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        names = ", ".join(repr(a) for a in allowed)
+        raise ConfigError(f"{key}={value!r} is unknown", do=f"{hint}allowed: {names}")
+
+
+@lru_cache(maxsize=4096)
+def _component(glob: str) -> re.Pattern[str]:
+    return re.compile(re.escape(glob).replace(r"\*", ".*").replace(r"\?", "."))
+
+
+@lru_cache(maxsize=4096)
+def _site_pattern(glob: str) -> re.Pattern[str]:
+    """One regex over the site's components, each closed by a slash."""
+    text = ""
+    for part in re.split(r"[./]", glob):
+        inner = re.escape(part).replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
+        text += "(?:[^/]*/)*" if part == "**" else inner + "/"
+    return re.compile(text)
+
+
+def site_matches(glob: str, site: str) -> bool:
+    """Component-wise glob; components are divided by ``.`` and ``/``.
+
+    ``*`` and ``?`` stay inside one component, ``**`` spans any number of them, none included. A repeat keeps its
+    ``:k``: ``add`` is not ``add:1``, ``add*`` is both.
+    """
+    return _site_pattern(glob).fullmatch(site.replace(".", "/") + "/") is not None
+
+
+def preset(name: str) -> QConfig:
+    """The rules of a preset such as ``"W2E2A8"``; see presets.py for the names."""
+    from kdlsq_fx.presets import build
+
+    return build(name)
+
+
+def resolve(qconfig: str | Path | QConfig | Rule | Sequence[Rule]) -> QConfig:
+    """A QConfig from a preset's name, a path to a JSON file, rules, or a QConfig (returned as it is)."""
+    if isinstance(qconfig, QConfig):
+        return qconfig
+    if isinstance(qconfig, Rule):
+        return QConfig(rules=(qconfig,), name="rules")
+    if isinstance(qconfig, Path) or (isinstance(qconfig, str) and qconfig.endswith(".json")):
+        try:
+            text = Path(qconfig).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the qconfig file {str(qconfig)!r}: {error}", do="check the path") from error
+        return QConfig.from_json(text)
+    if isinstance(qconfig, str):
+        return preset(qconfig)
+    if isinstance(qconfig, Sequence):
+        return QConfig(rules=tuple(qconfig), name="rules")
+    raise ConfigError(
+        f"{qconfig!r:.80} is no qconfig", do="give a preset's name, a tuple of Rules, a QConfig or a path"
+    )
