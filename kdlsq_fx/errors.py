@@ -40,3 +40,7 @@ class LoweringError(KdlsqError):
 
 class CheckpointError(KdlsqError):
     """A folder cannot be read or written as a checkpoint."""
+
+
+class TrainingError(KdlsqError):
+    """A training run cannot go on: its loss is not finite, or it does not fit the run it should resume."""

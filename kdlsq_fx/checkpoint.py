@@ -1,0 +1,148 @@
+"""The state of a running training loop on disk: enough to go on to the same weights, bit for bit.
+
+A run folder holds ``run.json`` (counters, recipe, the name of the state file) and ``state-<step>.safetensors`` (model,
+optimizer and random generators, all as tensors). The state is written first, then ``run.json`` is replaced in one
+step, so that a run killed at any moment leaves a whole checkpoint behind: the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from kdlsq_fx.errors import CheckpointError
+
+FORMAT = 1
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace the file's text in one step; a reader sees the old text or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """The counters of the run in this folder, or None where none was started."""
+    path = folder / "run.json"
+    if not path.exists():
+        return None
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        do = "remove the folder to start anew"
+        raise CheckpointError(f"run.json cannot be read ({e})", where=str(folder), do=do) from e
+    if not isinstance(run, dict) or run.get("format", 0) > FORMAT:
+        do = "resume with the version of kdlsq_fx that wrote it, or remove the folder"
+        raise CheckpointError("run.json was written by a later version", where=str(folder), do=do)
+    return run
+
+
+def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]) -> None:
+    """Write a whole checkpoint, then drop the one before. ``run`` holds JSON values, among them ``step`` and ``done``;
+    a run that is done needs no optimizer state any more."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"state-{run['step']}.safetensors"
+    tensors = {
+        key: value.detach().to("cpu", copy=True).contiguous() for key, value in _state(model, optimizer, run["done"])
+    }
+    tensors |= _generators()
+    part = folder / f"{name}.part{os.getpid()}"
+    try:
+        save_file(tensors, part)
+        os.replace(part, folder / name)
+    except OSError as e:
+        do = "free some space or choose another folder; the checkpoint before is still whole"
+        raise CheckpointError(f"cannot write a checkpoint ({e})", where=str(folder), do=do) from e
+    finally:
+        part.unlink(missing_ok=True)
+    write_atomic(folder / "run.json", json.dumps({**run, "format": FORMAT, "state": name}, indent=1))
+    for old in folder.glob("state-*.safetensors*"):
+        if old.name != name:
+            old.unlink(missing_ok=True)
+
+
+def restore(folder: Path, run: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put the run's state into the model, the optimizer and the random generators, in place."""
+    path = folder / str(run["state"])
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as e:
+        do = "remove the folder to start anew"
+        raise CheckpointError(f"the checkpoint cannot be read ({e})", where=str(path), do=do) from e
+    for key, here in _named(model):
+        there = tensors.get(f"model/{key}")
+        if there is None or there.shape != here.shape or there.dtype != here.dtype:
+            do = "resume with the model and qconfig that the run was started with, or remove the folder"
+            raise CheckpointError(f"the checkpoint does not fit the model at {key}", where=str(path), do=do)
+    with torch.no_grad():
+        for key, here in _named(model):
+            here.copy_(tensors[f"model/{key}"])
+    for i, parameter in enumerate(_parameters(optimizer)):
+        prefix = f"optimizer/{i}/"
+        got = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        # the step counter stays on the CPU (torch keeps it there), the moments go to the parameter's device
+        optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in got.items()}
+    _set_generators(tensors)
+
+
+def _named(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers, each once (a tied weight has one name here)."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, done: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    for key, value in _named(model):
+        yield f"model/{key}", value
+    if done:
+        return
+    for i, parameter in enumerate(_parameters(optimizer)):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                yield f"optimizer/{i}/{key}", value
+
+
+def _generators() -> dict[str, torch.Tensor]:
+    """Torch's, Python's and NumPy's global generators; a model's dropout may draw from any of them."""
+    _, words, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=True)
+    out = {
+        "rng/torch": torch.get_rng_state(),
+        "rng/python": torch.tensor(words, dtype=torch.int64),
+        "rng/python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "rng/numpy": torch.from_numpy(numpy_state[1].astype(np.int64)),
+        "rng/numpy_rest": torch.tensor([float(x) for x in numpy_state[2:]], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        out |= {f"rng/cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return out
+
+
+def _set_generators(tensors: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(tensors["rng/torch"])
+    gauss = tensors["rng/python_gauss"].tolist()
+    random.setstate((3, tuple(tensors["rng/python"].tolist()), gauss[0] if gauss else None))
+    position, has_gauss, cached = tensors["rng/numpy_rest"].tolist()
+    words = tensors["rng/numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words, int(position), int(has_gauss), cached))
+    for i in range(torch.cuda.device_count()):
+        if f"rng/cuda{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"rng/cuda{i}"], i)

@@ -1,0 +1,196 @@
+"""Sentence and sentence-pair tasks: files in GLUE's layout, tokenized once, batched by length.
+
+A folder named like a GLUE task (rows.py tells its layout) gets that task's metric and length; any other folder is read
+by its columns: ``score`` is regression, ``label`` classification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdlsq_fx.errors import InputError
+from kdlsq_fx.rows import Rows, read
+
+WINDOW = 50  # batches per length-sorting window: wide enough to waste almost no padding, narrow enough to stay random
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a data set asks for. ``labels`` are the class names (empty: regression); ``metric`` names the headline
+    figure of metrics.py; ``max_length`` is in tokens, special ones included."""
+
+    name: str
+    metric: str
+    max_length: int = 128
+    labels: tuple[str, ...] = ("0", "1")
+
+    @property
+    def regression(self) -> bool:
+        return not self.labels
+
+    @property
+    def outputs(self) -> int:
+        """Width of the model's head: one per class, or 1 for regression."""
+        return max(len(self.labels), 1)
+
+
+GLUE = {
+    "sst2": Task(name="sst2", metric="accuracy", max_length=64),
+    "cola": Task(name="cola", metric="matthews", max_length=64),
+    "mrpc": Task(name="mrpc", metric="accuracy_f1"),
+    "qqp": Task(name="qqp", metric="accuracy_f1"),
+    "rte": Task(name="rte", metric="accuracy"),
+    "qnli": Task(name="qnli", metric="accuracy"),
+    "stsb": Task(name="stsb", metric="pearson_spearman", labels=()),
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenized split, ragged: row ``i`` is ``ids[starts[i]:starts[i+1]]``.
+
+    ``ids``, ``types`` int32 [total tokens] (``types`` None where the tokenizer has none), ``starts`` int64 [rows + 1],
+    ``labels`` int64 [rows] (classes) or float32 [rows] (scores), or None.
+    """
+
+    ids: np.ndarray
+    types: np.ndarray | None
+    starts: np.ndarray
+    labels: np.ndarray | None
+    pad_id: int = 0
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+    def head(self, rows: int) -> Encoded:
+        """The first ``rows`` rows; all of them where there are fewer."""
+        rows = min(rows, len(self))
+        labels = None if self.labels is None else self.labels[:rows]
+        return replace(self, starts=self.starts[: rows + 1], labels=labels)
+
+    def batch(self, rows: Sequence[int] | np.ndarray, *, labels: bool = True) -> dict[str, torch.Tensor]:
+        """Rows as a batch padded to the longest of them: input_ids, attention_mask[, token_type_ids, labels],
+        int64 [rows, length]; labels int64 or float32 [rows]."""
+        width = int(max(self.lengths[i] for i in rows))
+        ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
+        mask = np.zeros((len(rows), width), dtype=np.int64)
+        types = np.zeros((len(rows), width), dtype=np.int64)
+        for k, i in enumerate(rows):
+            a, b = self.starts[i], self.starts[i + 1]
+            ids[k, : b - a], mask[k, : b - a] = self.ids[a:b], 1
+            if self.types is not None:
+                types[k, : b - a] = self.types[a:b]
+        out = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        if self.types is not None:
+            out["token_type_ids"] = torch.from_numpy(types)
+        if labels and self.labels is not None:
+            out["labels"] = torch.from_numpy(self.labels[np.asarray(rows)])
+        return out
+
+    def order(self, *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+        """Row numbers of each batch of one epoch; a function of (seed, epoch) alone, so a resumed run sees the same.
+
+        Shuffled, sorted by length inside windows of ``WINDOW`` batches, cut, and the batches shuffled again. The last
+        batch may be short; no row is dropped.
+        """
+        rng = np.random.default_rng([seed, epoch])
+        rows = rng.permutation(len(self))
+        batches: list[np.ndarray] = []
+        for at in range(0, len(rows), WINDOW * batch_size):
+            window = rows[at : at + WINDOW * batch_size]
+            window = window[np.argsort(self.lengths[window], kind="stable")]
+            batches += [window[k : k + batch_size] for k in range(0, len(window), batch_size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def sorted_batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """Row numbers by length, for evaluation: least padding, every row once."""
+        rows = np.argsort(self.lengths, kind="stable")
+        for at in range(0, len(rows), batch_size):
+            yield rows[at : at + batch_size]
+
+    def sample(self, batches: int, *, batch_size: int, seed: int) -> list[dict[str, torch.Tensor]]:
+        """A few random batches without labels, for calibration."""
+        order = self.order(batch_size=batch_size, seed=seed, epoch=-1 & 0xFFFF)
+        return [self.batch(rows, labels=False) for rows in order[:batches]]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of tokens and labels: two runs with the same one saw the same data."""
+        digest = hashlib.sha256()
+        for array in (self.ids[: self.starts[-1]], self.starts, self.types, self.labels):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A task with its tokenized train and dev splits."""
+
+    task: Task
+    train: Encoded
+    dev: Encoded
+
+
+def load(source: str | Path, tokenizer: Any, *, max_length: int | None = None) -> Dataset:
+    """Read and tokenize a folder, or a ``datasets`` name such as ``glue/sst2``.
+
+    Raises :class:`InputError` for a missing file, a wrong column, an empty split or a bad label, with file and line.
+    """
+    train_rows, dev_rows, name = read(source)
+    task = task_of(name, train_rows)
+    if max_length is not None:
+        task = replace(task, max_length=max_length)
+    return Dataset(task, encode(train_rows, task, tokenizer), encode(dev_rows, task, tokenizer))
+
+
+def task_of(name: str, rows: Rows) -> Task:
+    """The GLUE task of that name, or one made from the columns: ``score`` means regression, else the classes found."""
+    known = GLUE.get(name.lower().replace("-", "").replace("_", ""))
+    if known is not None and known.regression == (rows.column == "score"):
+        return known
+    if rows.column == "score":
+        return Task(name=name, metric="pearson_spearman", labels=())
+    found = set(rows.target)
+    if all(t.isdigit() for t in found):
+        return Task(name=name, metric="accuracy", labels=tuple(map(str, range(max(map(int, found)) + 1))))
+    return Task(name=name, metric="accuracy", labels=tuple(sorted(found)))
+
+
+def targets(rows: Rows, task: Task) -> np.ndarray:
+    """Class numbers int64 [rows] or scores float32 [rows]."""
+    index = {label: i for i, label in enumerate(task.labels)}
+    out: list[float] = []
+    for line, text in zip(rows.lines, rows.target):
+        try:
+            value = float(text) if task.regression else index[text]
+        except (KeyError, ValueError):
+            value = float("nan")
+        if not np.isfinite(value):
+            do = "write a finite number" if task.regression else f"classes are {', '.join(task.labels[:8])}"
+            raise InputError(f"bad {rows.column} {text!r}", where=f"{rows.source}:{line}", do=do)
+        out.append(value)
+    return np.asarray(out, dtype=np.float32 if task.regression else np.int64)
+
+
+def encode(rows: Rows, task: Task, tokenizer: Any) -> Encoded:
+    """Tokenize all rows at once; longer ones are cut to ``task.max_length`` (longest text first)."""
+    labels = targets(rows, task)
+    pairs = () if rows.second is None else (rows.second,)
+    got = tokenizer(rows.first, *pairs, truncation=True, max_length=task.max_length, padding=False)
+    starts = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum([len(x) for x in got["input_ids"]], out=starts[1:])
+    types = got.get("token_type_ids")
+    flat = [np.concatenate([np.asarray(x, dtype=np.int32) for x in v]) for v in (got["input_ids"], types) if v]
+    return Encoded(flat[0], flat[1] if len(flat) > 1 else None, starts, labels, int(tokenizer.pad_token_id or 0))

@@ -1,0 +1,100 @@
+"""Run anything that maps token ids to logits over a whole split: torch modules, integer models, ONNX files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from kdlsq_fx.data import Encoded
+from kdlsq_fx.errors import CheckpointError, InputError
+
+
+def evaluate(model: Any, data: Encoded, *, batch_size: int = 64, title: str = "eval") -> np.ndarray:
+    """Logits of every row, in the file's order: float32 [rows, outputs].
+
+    ``model``: a torch module (run in eval mode without gradients, its mode restored), the path of an ONNX file, or
+    any callable that takes the batch as keywords and returns logits or an output with ``.logits``.
+    """
+    run = runner(model)
+    out: np.ndarray | None = None
+    quiet = not sys.stderr.isatty()
+    with tqdm(total=len(data), desc=title, disable=quiet, unit="row", dynamic_ncols=True) as bar:
+        for rows in data.sorted_batches(batch_size):
+            logits = run(data.batch(rows, labels=False))
+            if out is None:
+                out = np.zeros((len(data), logits.shape[-1]), dtype=np.float32)
+            out[rows] = logits
+            bar.update(len(rows))
+    if out is None:
+        raise InputError("no rows to evaluate", do="give a split with at least one row")
+    return out
+
+
+Run = Callable[[dict[str, torch.Tensor]], np.ndarray]
+
+
+def runner(model: Any) -> Run:
+    """One function from a batch to its logits, float32 [rows, outputs]."""
+    if isinstance(model, str | Path):
+        return onnx_runner(Path(model))
+    if isinstance(model, torch.nn.Module):
+        return lambda batch: _module(model, batch)
+    if callable(model):
+        return lambda batch: _logits(model(**batch))
+    raise InputError(
+        f"a {type(model).__name__} cannot be run", do="give a torch module, an integer model or a .onnx file"
+    )
+
+
+def _module(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> np.ndarray:
+    was, tensor = model.training, next(iter([*model.parameters(), *model.buffers()]), None)
+    device = "cpu" if tensor is None else tensor.device
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _logits(model(**{k: v.to(device) for k, v in batch.items()}))
+    finally:
+        model.train(was)
+
+
+def _logits(output: Any) -> np.ndarray:
+    value = getattr(output, "logits", output)
+    if isinstance(value, tuple | list):
+        value = value[0]
+    if isinstance(value, dict):
+        value = value.get("logits", next(iter(value.values())))
+    if isinstance(value, torch.Tensor):
+        value = value.detach().float().cpu().numpy()
+    return np.asarray(value, dtype=np.float32)
+
+
+def onnx_runner(path: Path, *, threads: int = 0) -> Run:
+    """ONNX Runtime on the CPU; arrays are passed by the file's input names. ``threads`` 0: as many as torch uses."""
+    import onnxruntime as ort
+
+    if not path.is_file():
+        raise CheckpointError("no such ONNX file", where=str(path), do="write it with `kdlsq-fx export`")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # onnxruntime raises its own kinds
+        raise CheckpointError(f"ONNX Runtime cannot load it ({e})", where=str(path), do="export it again") from e
+    names = [i.name for i in session.get_inputs()]
+
+    def run(batch: dict[str, torch.Tensor]) -> np.ndarray:
+        missing = [n for n in names if n not in batch]
+        if missing:
+            raise InputError(
+                f"the ONNX file wants {', '.join(missing)}", where=str(path), do="tokenize with its tokenizer"
+            )
+        return _logits(session.run(None, {n: batch[n].numpy() for n in names})[0])
+
+    return run

@@ -1,0 +1,143 @@
+"""Labelled text as files: TSV or JSONL in GLUE's layout, or a ``datasets`` name.
+
+A data set is a folder with ``train.tsv[.gz]`` (or ``.jsonl[.gz]``) and ``dev.tsv[.gz]``. TSV: one header line, tab
+separated, no quoting. Columns: ``sentence[, sentence2]`` (or others of ``TEXT_COLUMNS``), ``label`` or ``score``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdlsq_fx.errors import InputError
+
+TEXT_COLUMNS = (
+    ("sentence", "sentence2"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("premise", "hypothesis"),
+    ("sentence",),
+    ("text",),
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Text of one split: ``first``, ``second`` (None for single sentences), raw ``target`` strings, and where each
+    row stands (for errors)."""
+
+    first: list[str]
+    second: list[str] | None
+    target: list[str]
+    column: str
+    source: str
+    lines: list[int]
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+def read(source: str | Path) -> tuple[Rows, Rows, str]:
+    """Train rows, dev rows and the data set's name, as text."""
+    folder = Path(source)
+    if folder.is_dir():
+        return read_file(find_split(folder, "train")), read_file(find_split(folder, "dev")), folder.resolve().name
+    if folder.is_absolute() or folder.suffix or str(source).startswith("."):
+        raise InputError("no such data folder", where=str(source), do="give a folder holding train.tsv and dev.tsv")
+    return read_hub(str(source))
+
+
+def find_split(folder: Path, split: str) -> Path:
+    """``<split>.tsv[.gz]`` or ``<split>.jsonl[.gz]`` in the folder."""
+    names = [split + end for end in (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise InputError(f"no {split} file", where=str(folder), do=f"add one of {', '.join(names)}")
+    return found[0]
+
+
+def read_file(path: Path) -> Rows:
+    """One TSV or JSONL file, gzipped or not; nothing is quoted, a ``"`` is a plain character."""
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
+        raise InputError(f"cannot be read ({e})", where=str(path), do="check that it is whole, and UTF-8 text") from e
+    lines = [line.rstrip("\r") for line in text.split("\n")]  # not splitlines: a form feed is a plain character
+    rows = parse_json(lines, path) if ".jsonl" in path.suffixes else parse_tsv(lines, path)
+    return to_rows(rows, str(path))
+
+
+def parse_tsv(lines: list[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    header = lines[0].split("\t") if lines else []
+    for number, line in enumerate(lines[1:], 2):
+        if not line:
+            continue
+        cells = line.split("\t")
+        if len(cells) != len(header):
+            what = f"{len(cells)} cells where the header has {len(header)}"
+            raise InputError(what, where=f"{path}:{number}", do="separate columns by one tab; no tabs inside a text")
+        yield number, dict(zip(header, cells))
+
+
+def parse_json(lines: list[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise InputError(f"no JSON ({e})", where=f"{path}:{number}", do="write one object a line") from e
+        if not isinstance(row, dict):
+            raise InputError("no JSON object", where=f"{path}:{number}", do='write {"sentence": ..., "label": ...}')
+        yield number, row
+
+
+def to_rows(numbered: Iterator[tuple[int, dict[str, Any]]], source: str) -> Rows:
+    """Pick the text and target columns; every row must have them."""
+    found = list(numbered)
+    if not found:
+        raise InputError("no rows", where=source, do="a header line and at least one row are needed")
+    keys = found[0][1].keys()
+    columns = next((c for c in TEXT_COLUMNS if all(k in keys for k in c)), None)
+    target = next((c for c in ("score", "label") if c in keys), None)
+    if columns is None or target is None:
+        do = "name the columns sentence[, sentence2] and label (classes) or score (a number)"
+        raise InputError(f"columns are {', '.join(map(repr, keys))}", where=source, do=do)
+    for number, row in found:
+        bad = [c for c in columns if not isinstance(row.get(c), str) or not row[c].strip()]
+        if bad or row.get(target) is None:
+            raise InputError(
+                f"no {bad[0] if bad else target}", where=f"{source}:{number}", do="fill it or drop the row"
+            )
+    texts = [[row[c] for _, row in found] for c in columns]
+    targets = [str(row[target]).strip() for _, row in found]
+    return Rows(texts[0], texts[1] if len(texts) > 1 else None, targets, target, source, [n for n, _ in found])
+
+
+def read_hub(name: str) -> tuple[Rows, Rows, str]:
+    """Train and validation split of a `datasets` name; ``glue/sst2`` is set ``glue``, configuration ``sst2``."""
+    do = "give a folder with train.tsv and dev.tsv, or install `datasets` on a machine that reaches the hub"
+    try:
+        import datasets
+    except ImportError as e:
+        raise InputError("neither a folder nor readable by `datasets` (not installed)", where=name, do=do) from e
+    parts = name.split("/")
+    try:
+        sets = datasets.load_dataset(parts[0], *parts[1:]) if parts[0] == "glue" else datasets.load_dataset(name)
+        splits = [sets["train"], sets["validation"]]
+    except Exception as e:  # the library raises many kinds for "not found" and "no network"
+        raise InputError(f"`datasets` cannot load it ({type(e).__name__}: {e})", where=name, do=do) from e
+    train, dev = ([(i, _scored(dict(row))) for i, row in enumerate(split, 1)] for split in splits)
+    return to_rows(iter(train), f"{name}:train"), to_rows(iter(dev), f"{name}:validation"), parts[-1]
+
+
+def _scored(row: dict[str, Any]) -> dict[str, Any]:
+    """A float label is a score."""
+    return {**row, "score": row["label"]} if isinstance(row.get("label"), float) else row
