@@ -7,8 +7,6 @@ step, so that a run killed at any moment leaves a whole checkpoint behind: the o
 
 from __future__ import annotations
 
-import json
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,61 +14,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from kdlsq_fx.errors import CheckpointError
+from kdlsq_fx.files import FORMAT, make_folder, read_json, read_tensors, write_json, write_tensors
 
-FORMAT = 1
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace the file's text in one step; a reader sees the old text or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+RUN = "run.json"
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
     """The counters of the run in this folder, or None where none was started."""
-    path = folder / "run.json"
-    if not path.exists():
-        return None
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        do = "remove the folder to start anew"
-        raise CheckpointError(f"run.json cannot be read ({e})", where=str(folder), do=do) from e
-    if not isinstance(run, dict) or run.get("format", 0) > FORMAT:
-        do = "resume with the version of kdlsq_fx that wrote it, or remove the folder"
-        raise CheckpointError("run.json was written by a later version", where=str(folder), do=do)
-    return run
+    return read_json(folder / RUN) if (folder / RUN).exists() else None
 
 
 def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]) -> None:
     """Write a whole checkpoint, then drop the one before. ``run`` holds JSON values, among them ``step`` and ``done``;
-    a run that is done needs no optimizer state any more."""
-    folder.mkdir(parents=True, exist_ok=True)
+    a run that is done needs no optimizer state any more. CheckpointError where it cannot be written; the checkpoint
+    before is then still whole."""
+    make_folder(folder)
     name = f"state-{run['step']}.safetensors"
-    tensors = {
-        key: value.detach().to("cpu", copy=True).contiguous() for key, value in _state(model, optimizer, run["done"])
-    }
-    tensors |= _generators()
-    part = folder / f"{name}.part{os.getpid()}"
-    try:
-        save_file(tensors, part)
-        os.replace(part, folder / name)
-    except OSError as e:
-        do = "free some space or choose another folder; the checkpoint before is still whole"
-        raise CheckpointError(f"cannot write a checkpoint ({e})", where=str(folder), do=do) from e
-    finally:
-        part.unlink(missing_ok=True)
-    write_atomic(folder / "run.json", json.dumps({**run, "format": FORMAT, "state": name}, indent=1))
-    for old in folder.glob("state-*.safetensors*"):
+    tensors = {key: value.detach().cpu() for key, value in _state(model, optimizer, run["done"])} | _generators()
+    write_tensors(folder / name, tensors)
+    write_json(folder / RUN, {**run, "format": FORMAT, "state": name})
+    for old in folder.glob("state-*.safetensors"):
         if old.name != name:
             old.unlink(missing_ok=True)
 
@@ -78,11 +43,7 @@ def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
 def restore(folder: Path, run: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put the run's state into the model, the optimizer and the random generators, in place."""
     path = folder / str(run["state"])
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as e:
-        do = "remove the folder to start anew"
-        raise CheckpointError(f"the checkpoint cannot be read ({e})", where=str(path), do=do) from e
+    tensors = read_tensors(path)
     for key, here in _named(model):
         there = tensors.get(f"model/{key}")
         if there is None or there.shape != here.shape or there.dtype != here.dtype:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from kdlsq_fx import checkpoint
 from kdlsq_fx.errors import ConfigError, TrainingError
+from kdlsq_fx.files import make_folder, write_atomic
 
 NO_DECAY = ("bias", "LayerNorm.weight", "layer_norm.weight", "layernorm.weight")
 
@@ -222,9 +223,10 @@ class Log:
     that a run resumes from are dropped, so each step stands there once."""
 
     def __init__(self, path: Path, step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         kept = path.read_text(encoding="utf-8").splitlines()[1 : step + 1] if step and path.exists() else []
-        checkpoint.write_atomic(path, "\n".join(["step\tloss\tlr\tseconds\tparts", *kept]) + "\n")
+        text = "\n".join(["step\tloss\tlr\tseconds\tparts", *kept]) + "\n"
+        write_atomic(path, lambda name: _write(name, text))
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, loss: float, lr: float, seconds: float, parts: dict[str, float]) -> None:
@@ -239,6 +241,10 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
+
+
+def _write(name: str, text: str) -> None:
+    Path(name).write_text(text, encoding="utf-8")
 
 
 class Stop:

@@ -1,0 +1,187 @@
+"""The training loop: learns, logs, stops cleanly, and a killed run ends with the weights of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_glue import bert, tokenizer, write_sst
+
+from kdlsq_fx import checkpoint, data, train
+from kdlsq_fx.errors import CheckpointError, ConfigError, TrainingError
+from kdlsq_fx.evaluate import evaluate
+
+TESTS = Path(__file__).resolve().parent
+SETTINGS: dict[str, Any] = {"epochs": 2, "lr": 3e-3, "batch_size": 8, "seed": 7, "warmup": 0.1, "clip": 1.0}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> data.Dataset:
+    return data.load(write_sst(tmp_path_factory.mktemp("data") / "sst2"), tokenizer())
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_learns_and_logs_every_step(tmp_path: Path, dataset: data.Dataset) -> None:
+    model = bert()
+    got = train.fit(model, dataset.train, out_dir=tmp_path, **{**SETTINGS, "epochs": 12, "lr": 1e-2})
+    assert dataset.dev.labels is not None and not model.training
+    logits = evaluate(model, dataset.dev, batch_size=5)
+    assert (logits.argmax(-1) == dataset.dev.labels).mean() > 0.8  # chance is 0.5
+    lines = (tmp_path / "log.tsv").read_text().splitlines()
+    assert len(lines) == 1 + got.steps == 1 + 12 * 12
+    assert [int(line.split("\t")[0]) for line in lines[1:]] == list(range(1, got.steps + 1))
+
+
+def test_schedule_rises_then_falls_to_zero() -> None:
+    factors = [train.schedule(k, 20, 0.2) for k in range(20)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4] == 1.0 and factors[-1] == pytest.approx(1 / 16)
+    assert [train.schedule(k, 4) for k in range(4)] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_resume_is_bit_exact_with_dropout(tmp_path: Path, dataset: data.Dataset) -> None:
+    whole = bert()
+    train.fit(whole, dataset.train, out_dir=tmp_path / "whole", **SETTINGS)
+
+    class Enough(Exception):
+        pass
+
+    def stop_at(step: int, model: torch.nn.Module) -> None:
+        if step == 17:
+            raise Enough
+
+    with pytest.raises(Enough):
+        train.fit(bert(), dataset.train, out_dir=tmp_path / "cut", save_every=5, on_step=stop_at, **SETTINGS)
+    torch.rand(3), np.random.rand(3)  # whatever happens between the two runs
+    resumed = bert()
+    got = train.fit(resumed, dataset.train, out_dir=tmp_path / "cut", save_every=5, **SETTINGS)
+    assert got.resumed_at == 15 and same(weights(whole), weights(resumed))
+
+    def columns(folder: str) -> list[list[str]]:
+        lines = (tmp_path / folder / "log.tsv").read_text().splitlines()
+        return [line.split("\t")[:3] for line in lines]
+
+    assert columns("whole") == columns("cut")
+    loaded = bert()  # a finished run is only loaded
+    assert train.fit(loaded, dataset.train, out_dir=tmp_path / "cut", save_every=5, **SETTINGS).resumed_at == 24
+    assert same(weights(whole), weights(loaded))
+
+
+CHILD = """
+import sys, time, torch
+from pathlib import Path
+from tiny_glue import bert, tokenizer
+from kdlsq_fx import data, train
+torch.set_num_threads(1)
+folder, out, slow = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+model = bert()
+try:
+    train.fit(model, data.load(folder, tokenizer()).train, out_dir=out, epochs=2, lr=3e-3, batch_size=8, seed=7,
+              save_every=4, on_step=lambda step, m: time.sleep(slow))
+except train.Interrupted as e:
+    print(e)
+    sys.exit(130)
+model.save_pretrained(out / "model")
+"""
+
+
+def child(folder: Path, out: Path, slow: float = 0.0) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(folder), str(out), str(slow)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        run = checkpoint.read_run(out)
+        if run is not None and run["step"] >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the run wrote no checkpoint")
+
+
+def test_killed_and_interrupted_runs_end_with_the_same_weights(tmp_path: Path) -> None:
+    folder = write_sst(tmp_path / "sst2")
+    whole = child(folder, tmp_path / "whole")
+    killed = child(folder, tmp_path / "killed", slow=0.2)
+    wait_for_step(tmp_path / "killed", 8)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait(60) == -signal.SIGKILL
+    for number in (signal.SIGTERM, signal.SIGINT):
+        stopped = child(folder, tmp_path / "stopped", slow=0.2)
+        before = (checkpoint.read_run(tmp_path / "stopped") or {"step": 0})["step"]
+        wait_for_step(tmp_path / "stopped", before + 4)
+        stopped.send_signal(number)
+        said, _ = stopped.communicate(timeout=60)
+        assert stopped.returncode == 130 and "saved in" in said
+    for name in ("killed", "stopped"):
+        assert child(folder, tmp_path / name).wait(120) == 0
+    assert whole.wait(120) == 0
+    wanted = (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
+    for name in ("killed", "stopped"):
+        assert (tmp_path / name / "model" / "model.safetensors").read_bytes() == wanted
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path, dataset: data.Dataset) -> None:
+    class Broken(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, **_: torch.Tensor) -> Any:
+            return SimpleNamespace(loss=(self.w * float("nan")).sum())
+
+    with pytest.raises(TrainingError, match="nan at step 1"):
+        train.fit(Broken(), dataset.train, out_dir=tmp_path, **SETTINGS)
+
+
+def test_other_settings_or_models_do_not_resume(tmp_path: Path, dataset: data.Dataset) -> None:
+    train.fit(bert(), dataset.train, out_dir=tmp_path, **SETTINGS)
+    with pytest.raises(TrainingError, match="another lr, groups"):
+        train.fit(bert(), dataset.train, out_dir=tmp_path, **{**SETTINGS, "lr": 1e-3})
+    with pytest.raises(TrainingError, match="another data"):
+        train.fit(bert(), dataset.train.head(90), out_dir=tmp_path, **SETTINGS)
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        train.fit(bert(intermediate_size=48), dataset.train, out_dir=tmp_path, **SETTINGS)
+    with pytest.raises(ConfigError, match="0 steps"):
+        train.fit(bert(), dataset.train, out_dir=tmp_path, **{**SETTINGS, "steps": 0})
+
+
+def test_damaged_checkpoints(tmp_path: Path, dataset: data.Dataset) -> None:
+    train.fit(bert(), dataset.train, out_dir=tmp_path, **SETTINGS)
+    state = next(tmp_path.glob("state-*.safetensors"))
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        train.fit(bert(), dataset.train, out_dir=tmp_path, **SETTINGS)
+    run = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**run, "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        train.fit(bert(), dataset.train, out_dir=tmp_path, **SETTINGS)
+
+
+def test_evaluate_keeps_order_and_mode(dataset: data.Dataset) -> None:
+    model = bert().train()
+    one, many = evaluate(model, dataset.dev, batch_size=1), evaluate(model, dataset.dev, batch_size=7)
+    assert model.training
+    np.testing.assert_allclose(one, many, atol=1e-5)
+    plain = evaluate(lambda **batch: model.eval()(**batch).logits.detach().numpy(), dataset.dev, batch_size=7)
+    np.testing.assert_array_equal(plain, many)
