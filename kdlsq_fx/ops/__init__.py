@@ -1,0 +1,5 @@
+"""Every op the compiler knows, one file a family; importing this package fills the table in ``kdlsq_fx.op``."""
+
+from . import compare, conv, elementwise, embedding, indexing, linear, matmul, norm, shape, softmax
+
+__all__ = ["compare", "conv", "elementwise", "embedding", "indexing", "linear", "matmul", "norm", "shape", "softmax"]
