@@ -42,9 +42,9 @@ def emit_conv1d(
     x: Any,
     w: Any,
     bias: Any = None,
-    stride: Any = (1,),
-    padding: Any = (0,),
-    dilation: Any = (1,),
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
     groups: int = 1,
 ) -> Any:
     inputs = (x, w) if bias is None else (x, w, bias)
@@ -71,18 +71,13 @@ def emit_im2col(g: Any, x: Any, kernel: Any, dilation: Any, padding: Any, stride
     columns = g.Pad(x, g.vector(pads)) if any(pads) else x
     for axis, i in ((2, 0), (4, 1)):  # the first gather adds a dimension in front of the width
         reach = (kernel[i] - 1) * dilation[i] + 1
-        last = g.plus(g.size(x, 2 + i), 2 * padding[i] - reach)
-        count = g.plus(g.over(last, stride[i]), 1)
+        last = g.size_op("Add", g.size(x, 2 + i), 2 * padding[i] - reach)
+        count = g.size_op("Add", g.size_op("Div", last, stride[i]), 1)
         starts = g.Mul(g.Range(g.scalar(0), g.scalar(count), g.scalar(1)), g.scalar(stride[i]))
         taps = g.constant(np.arange(kernel[i], dtype=np.int64)[:, None] * dilation[i])
         columns = g.Gather(columns, g.Add(taps, starts), axis=axis)  # [n, c, kh, h'(, kw, w')]
     columns = g.Transpose(columns, perm=[0, 1, 2, 4, 3, 5])
-    channels = g.size(x, 1)
-    rows = (
-        channels * kernel[0] * kernel[1]
-        if isinstance(channels, int)
-        else g.Mul(channels, g.scalar(kernel[0] * kernel[1]))
-    )
+    rows = g.size_op("Mul", g.size(x, 1), kernel[0] * kernel[1])
     return g.Reshape(columns, g.vector([g.size(x, 0), rows, -1]))
 
 
