@@ -57,43 +57,40 @@ _compare("gt", aten.gt, np.greater, "Greater")
 _compare("ge", aten.ge, np.greater_equal, "GreaterOrEqual")
 
 
-def _emit_bitwise(kind: str) -> Callable[..., Any]:
+def _emit_logic(kind: str) -> Callable[..., Any]:
     def emit(g: Any, a: Any, b: Any) -> Any:
         if g.dtype == torch.bool:
-            return getattr(g, kind)(a, b)
+            return getattr(g, kind)(g.cast(a, torch.bool), g.cast(b, torch.bool))
         return g.arithmetic(f"Bitwise{kind}", a, b)
 
     return emit
 
 
-for _name, _target, _numpy, _onnx in (
+def _bitwise_sample() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (_mask(), torch.tensor([True, True, False])), {}
+
+
+def _logical_sample() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (_mask(), torch.tensor([[0], [2]])), {}
+
+
+LOGIC: list[tuple[str, Any, Any, str]] = [
     ("and", aten.__and__.Tensor, np.bitwise_and, "And"),
     ("or", aten.__or__.Tensor, np.bitwise_or, "Or"),
     ("bitwise_and", aten.bitwise_and.Tensor, np.bitwise_and, "And"),
     ("bitwise_or", aten.bitwise_or.Tensor, np.bitwise_or, "Or"),
-):
-    declare(
-        Op(
-            name=_name,
-            target=_target,
-            sig="mask, mask -> mask",
-            numpy=_numpy,
-            onnx=_emit_bitwise(_onnx),
-            sample=lambda: ((_mask(), torch.tensor([True, True, False])), {}),
-        )
-    )
-for _name, _target, _numpy, _onnx in (
     ("logical_and", aten.logical_and.default, np.logical_and, "And"),
     ("logical_or", aten.logical_or.default, np.logical_or, "Or"),
-):
+]
+for _name, _target, _numpy, _onnx in LOGIC:
     declare(
         Op(
             name=_name,
             target=_target,
             sig="mask, mask -> mask",
             numpy=_numpy,
-            onnx=lambda g, a, b, kind=_onnx: getattr(g, kind)(g.cast(a, torch.bool), g.cast(b, torch.bool)),
-            sample=lambda: ((_mask(), torch.tensor([[0], [2]])), {}),
+            onnx=_emit_logic(_onnx),
+            sample=_logical_sample if _name.startswith("logical") else _bitwise_sample,
         )
     )
 LOGICAL_NOT = declare(
@@ -137,22 +134,26 @@ def _emit_where(g: Any, mask: Any, a: Any, b: Any) -> Any:
     return g.Where(g.cast(mask, torch.bool), g.typed(a), g.typed(b))
 
 
-LOWEST = float(torch.finfo(torch.float32).min)
+def _with_mask(args: Callable[[], tuple[Any, ...]]) -> Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]:
+    return lambda: ((_mask(), *args()), {})
 
-for _name, _target, _sig, _numpy, _args in (
+
+LOWEST = float(torch.finfo(torch.float32).min)
+CHOICES: list[tuple[str, Any, str, Any, Callable[[], tuple[Any, ...]]]] = [
     ("where", aten.where.self, "mask, float, float -> float", numpy_where, lambda: (_numbers(), torch.tensor(-7.5))),
     ("where_scalar_other", aten.where.ScalarOther, "mask, float -> float", numpy_where, lambda: (_numbers(), LOWEST)),
     ("where_scalar_self", aten.where.ScalarSelf, "mask, float -> float", numpy_where, lambda: (0, torch.arange(3))),
     ("where_scalars", aten.where.Scalar, "mask -> float", numpy_where_numbers, lambda: (0.0, LOWEST)),
-):
+]
+for _name, _target, _sig, _values, _args in CHOICES:
     declare(
         Op(
             name=_name,
             target=_target,
             sig=_sig,
-            numpy=_numpy,
+            numpy=_values,
             onnx=_emit_where,
-            sample=lambda args=_args: ((_mask(), *args()), {}),
+            sample=_with_mask(_args),
             why_float=WHY,
         )
     )

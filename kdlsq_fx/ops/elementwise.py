@@ -50,7 +50,8 @@ def _promoted(a: Any, b: Any) -> tuple[Any, Any]:
     """Integers that meet floats become float32, as in torch (NumPy makes float64 of int64 and float32)."""
     if not (_is_float(a) or _is_float(b)):
         return a, b
-    return tuple(x.astype(np.float32) if hasattr(x, "astype") and not _is_float(x) else x for x in (a, b))  # type: ignore[return-value]
+    a, b = (x.astype(np.float32) if hasattr(x, "astype") and not _is_float(x) else x for x in (a, b))
+    return a, b
 
 
 def _scaled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -201,10 +202,8 @@ RSUB = declare(
         name="rsub",
         target=aten.rsub.Scalar,
         sig="float -> float",
-        numpy=lambda x, other, alpha=1: other - (x if alpha == 1 else x * alpha),
-        onnx=lambda g, x, other, alpha=1: g.arithmetic(
-            "Sub", other, x if alpha == 1 else g.arithmetic("Mul", x, alpha)
-        ),
+        numpy=lambda x, other, alpha=1: _scaled(np.subtract)(other, x, alpha),
+        onnx=lambda g, x, other, alpha=1: _emit_scaled("Sub")(g, other, x, alpha),
         sample=lambda: ((_signed(), 1.0), {}),
         why_float=WHY_FLOAT,
     )

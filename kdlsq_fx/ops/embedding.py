@@ -19,7 +19,7 @@ def numpy_embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> NDArray[Any]:
-    """``table`` [rows, width], ``ids`` of any shape -> [*ids.shape, width]; IndexError outside 0..rows-1, as in torch."""
+    """``table`` [rows, width], ``ids`` of any shape -> [*ids.shape, width]; IndexError for an id outside."""
     if ids.size and int(ids.min()) < 0:
         raise IndexError(f"id {int(ids.min())} is negative")
     rows: NDArray[Any] = table[ids]

@@ -22,7 +22,7 @@ def numpy_linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 def emit_linear(g: Any, x: Any, weight: Any, bias: Any = None) -> Any:
-    """MatMul with the weight stored as [in, out], then Add; a Gemm where only that runs in integers (see ``g.dense``)."""
+    """A product with the weight stored as [in, out], and the bias (see ``g.dense``)."""
     return g.dense(x, weight, bias)
 
 

@@ -31,9 +31,7 @@ def _cube() -> torch.Tensor:
     return torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)
 
 
-def _move(
-    name: str, target: Any, numpy: Callable[..., Any], onnx: Callable[..., Any], *args: Any, x: Any = _cube
-) -> Op:
+def _move(name: str, target: Any, numpy: Any, onnx: Callable[..., Any], *args: Any, x: Any = _cube) -> Op:
     """A ``same -> same`` op whose sample is ``x()`` and ``args``."""
     return declare(
         Op(
@@ -187,7 +185,7 @@ _move("unsqueeze", aten.unsqueeze.default, np.expand_dims, lambda g, x, dim: g.U
 _move("squeeze", aten.squeeze.dim, numpy_squeeze, _emit_squeeze, -2, x=lambda: _cube()[:, :1])
 _move("squeeze_all", aten.squeeze.default, numpy_squeeze, _emit_squeeze, x=lambda: _cube()[:1, :1])
 _move("squeeze_dims", aten.squeeze.dims, numpy_squeeze, _emit_squeeze, [0, 1], x=lambda: _cube()[:, :1])
-_move("repeat", aten.repeat.default, lambda x, repeats: np.tile(x, repeats), _emit_repeat, [2, 1, 3, 1])
+_move("repeat", aten.repeat.default, np.tile, _emit_repeat, [2, 1, 3, 1])
 _move("unbind", aten.unbind.int, lambda x, dim=0: list(np.moveaxis(x, dim, 0)), _emit_unbind, -2)
 _move("chunk", aten.chunk.default, lambda x, n, dim=0: numpy_split(x, -(-x.shape[dim] // n), dim), _emit_chunk, 3, -1)
 _move("split", aten.split.Tensor, numpy_split, _emit_split, 3, -1)
