@@ -57,7 +57,7 @@ class Ema(MinMax):
     @torch.no_grad()
     def _set_from(self, summary: Summary) -> None:
         if self.role == "act" and not self.spec.init:
-            seen = self._observed()
+            seen = self.observed
             peak = summary.high.new_full((1,), seen.peak_sum / seen.batches)
             summary = Summary(summary.values, summary.mean_abs, -peak, peak)
             self.batches.fill_(seen.batches)
@@ -87,8 +87,9 @@ class Ema(MinMax):
 class Twn(Lsq):
     """TernaryBERT's weights (papers.md 3.2): ``w^ = alpha * sign(w)`` where ``|w| > D``, else 0.
 
-    ``D = 0.7 * mean|w|``, ``alpha`` the mean of the ``|w|`` above it. Recomputed at each forward, per tensor or per row; the gradient passes everywhere. The released code's clip of
-    weights at +-2.5 is left out. Codes are -1, 0, 1; ``scale`` is alpha of the last weight seen (1 for a row of zeros).
+    ``D = 0.7 * mean|w|``, ``alpha`` the mean of the ``|w|`` above it; both anew at each forward, per tensor or row.
+    The gradient passes everywhere. The released code's clip of weights at +-2.5 is left out. Codes are -1, 0, 1;
+    ``scale`` is alpha of the last weight seen, 1 for a row of zeros.
     """
 
     learned = False

@@ -140,7 +140,7 @@ class Lsq(nn.Module):
         self.site = self.site or where
         if self.role == "act":
             self.observing = True
-            self._observed().add(tensor.detach(), where=self.site)
+            self.observed.add(tensor.detach(), where=self.site)
             self.finish()
             return
         if tensor.numel() == 0 or not bool(torch.isfinite(tensor).all()):
@@ -152,7 +152,7 @@ class Lsq(nn.Module):
 
     def finish(self) -> None:
         """End observing and set the scale from what was seen; CalibrationError if nothing was."""
-        seen = self._observed()
+        seen = self.observed
         if not seen.count:
             what = "no activation reached this quantizer during calibration"
             raise CalibrationError(what, where=self.site, do="calibrate with batches that use this part of the model")
@@ -161,7 +161,9 @@ class Lsq(nn.Module):
         self._set_from(Summary(seen.values().to(self.raw)[None], *figures))
         self._observer = None
 
-    def _observed(self) -> Observer:
+    @property
+    def observed(self) -> Observer:
+        """What was recorded so far; CalibrationError while not observing."""
         if self._observer is None:
             raise CalibrationError("not observing", where=self.site, do="set observing = True and run batches first")
         return self._observer

@@ -17,6 +17,8 @@ def bias_grid(bias: torch.Tensor, x_lsq: Lsq, w_lsq: Lsq) -> torch.Tensor:
 
     An integer product has that scale, so its bias is an integer on that grid; training sees the rounding.
     """
+    if x_lsq.observing:
+        return bias  # its scale is what calibration is about to find
     return _GRID(bias, x_lsq.scale.detach(), w_lsq.scale.detach())  # type: ignore[no-any-return]
 
 
