@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..op import Op, declare
+from .lower_rules import lower_conv1d
 
 aten = torch.ops.aten
 Array = NDArray[Any]
@@ -98,6 +99,7 @@ CONV1D = declare(
         sig="act, weight, bias -> act",
         numpy=numpy_conv1d,
         onnx=emit_conv1d,
+        lower=lower_conv1d,
         sample=_conv_sample,
         why_float="no rule quantizes both operands",
     )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..op import Op, declare
+from .lower_rules import lower_add, lower_scaled, lower_table
 
 aten = torch.ops.aten
 Array = NDArray[Any]
@@ -135,7 +136,11 @@ def _unary(
     why: str = WHY_FLOAT,
 ) -> Op:
     emit = onnx if callable(onnx) else lambda g, x, kind=onnx: getattr(g, kind)(x)
-    return declare(Op(name=name, target=target, sig=sig, numpy=numpy, onnx=emit, sample=_one(make), why_float=why))
+    lower = lower_table if why == WHY_TABLE else None
+    sample = _one(make)
+    return declare(
+        Op(name=name, target=target, sig=sig, numpy=numpy, onnx=emit, lower=lower, sample=sample, why_float=why)
+    )
 
 
 GELU = declare(
@@ -145,6 +150,7 @@ GELU = declare(
         sig="act -> act",
         numpy=numpy_gelu,
         onnx=lambda g, x, approximate="none": g.Gelu(x, approximate=approximate),
+        lower=lower_table,
         sample=lambda: ((torch.linspace(-6, 6, 64),), {"approximate": "tanh"}),
         why_float=WHY_TABLE,
     )
@@ -182,6 +188,7 @@ ADD = declare(
         sig="wide, wide -> wide",
         numpy=_scaled(np.add),
         onnx=_emit_scaled("Add"),
+        lower=lower_add,
         sample=lambda: (_pair(), {}),
         why_float="its operands have no fixed point",
     )
@@ -215,6 +222,7 @@ MUL = declare(
         sig="float, float -> float",
         numpy=lambda a, b: np.multiply(*_promoted(a, b)),
         onnx=lambda g, a, b: g.arithmetic("Mul", a, b),
+        lower=lower_scaled,
         sample=lambda: ((_signed(), torch.tensor([[2], [-1]])), {}),
         why_float=WHY_FLOAT,
     )
@@ -226,6 +234,7 @@ DIV = declare(
         sig="float, float -> float",
         numpy=numpy_div,
         onnx=lambda g, a, b: g.arithmetic("Div", a, b),
+        lower=lower_scaled,
         sample=lambda: ((torch.arange(-4, 4), 3), {}),
         why_float=WHY_FLOAT,
     )

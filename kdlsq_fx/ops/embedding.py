@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..op import Op, declare
+from .lower_rules import lower_embedding
 
 aten = torch.ops.aten
 
@@ -33,6 +34,7 @@ EMBEDDING = declare(
         sig="weight, ids -> act",
         numpy=numpy_embedding,
         onnx=lambda g, table, ids, padding_idx=-1, scale_grad_by_freq=False, sparse=False: g.rows(table, ids),
+        lower=lower_embedding,
         sample=lambda: ((torch.linspace(-1, 1, 44).reshape(11, 4), torch.tensor([[0, 10, 3], [3, 3, 1]]), 0), {}),
         why_float="no rule quantizes the table",
     )

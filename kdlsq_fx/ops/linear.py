@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..op import Op, declare
+from .lower_rules import lower_linear
 
 aten = torch.ops.aten
 Array = NDArray[Any]
@@ -38,6 +39,7 @@ LINEAR = declare(
         sig="act, weight, bias -> act",
         numpy=numpy_linear,
         onnx=emit_linear,
+        lower=lower_linear,
         sample=_sample,
         why_float="no rule quantizes both operands",
     )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..op import Op, declare
+from .lower_rules import lower_matmul
 
 aten = torch.ops.aten
 
@@ -24,6 +25,7 @@ MATMUL = declare(
         sig="act, act -> wide",
         numpy=np.matmul,
         onnx=lambda g, a, b: g.MatMul(a, b),
+        lower=lower_matmul,
         sample=lambda: _sample(2, 3),
         why_float="no rule quantizes both operands",
     )
@@ -35,6 +37,7 @@ BMM = declare(
         sig="act, act -> wide",
         numpy=np.matmul,
         onnx=lambda g, a, b: g.MatMul(a, b),
+        lower=lower_matmul,
         sample=lambda: _sample(3),
         why_float="no rule quantizes both operands",
     )

@@ -1,0 +1,177 @@
+"""What passes/lower.py and the ``lower`` rules of ops share: integer values of float nodes, and how to make nodes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from .graph import fetch, module_path, put, site_of, unused_name
+from .op import BY_NAME
+
+Array = NDArray[Any]
+
+
+class StaysFloat(Exception):
+    """Raised by a lowering rule: the node stays a float island, for this reason."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The codes a ``quantize`` node asks for: ``qmin <= code <= qmax``, ``real = (code - zero_point) * scale``."""
+
+    scale: float
+    zero_point: int
+    qmin: int
+    qmax: int
+
+
+@dataclass(frozen=True)
+class QValue:
+    """A float value held as integers: ``real = (node - zero_point) * scale`` and ``lo <= node <= hi``.
+
+    ``scale`` is float64: 0-d; 1-d along ``axis``; or, with ``rows``, one per row of the table whose rows the ids
+    ``rows`` picked (the value then has one scale per leading position). ``codes`` are the integers themselves where
+    they are constant. An accumulator has zero point 0.
+    """
+
+    node: fx.Node
+    scale: Array
+    lo: int
+    hi: int
+    zero_point: int = 0
+    axis: int | None = None
+    rows: fx.Node | None = None
+    codes: Array | None = None
+
+    @property
+    def is_per_tensor(self) -> bool:
+        return self.scale.ndim == 0
+
+
+class Deferred(Protocol):
+    """A value whose integers depend on the grid of the quantizer behind it: a sum, or a function of codes."""
+
+    def quantized(self, lowering: Lowering, node: fx.Node, grid: Grid) -> QValue:
+        """The codes that the ``quantize`` node ``node`` asks for."""
+        ...
+
+
+Value = QValue | Deferred
+
+
+@dataclass
+class Lowering:
+    """The state of one walk over a qdq graph: float node -> integer value, bounds of integer nodes, reasons."""
+
+    gm: fx.GraphModule
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    ranges: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
+    reasons: dict[fx.Node, str] = field(default_factory=dict)
+
+    def codes(self, operand: Any) -> QValue:
+        """The integers of an operand; StaysFloat where it has none."""
+        value = self.values.get(operand) if isinstance(operand, fx.Node) else None
+        if isinstance(value, QValue):
+            return value
+        what = "is rounded by no quantizer" if value is not None else "is float"
+        raise StaysFloat(f"its operand {_called(operand)} {what}")
+
+    def per_tensor(self, operand: Any) -> QValue:
+        """:meth:`codes` with one scale for the whole tensor; StaysFloat where it has more."""
+        value = self.codes(operand)
+        if not value.is_per_tensor:
+            raise StaysFloat(f"its operand {_called(operand)} has more than one scale")
+        return value
+
+    def number(self, operand: Any) -> float:
+        """An operand that is one known number (Python's, or a 0-d constant); StaysFloat where it is not."""
+        if isinstance(operand, (int, float)) and not isinstance(operand, bool):
+            return float(operand)
+        tensor = self.constant(operand)
+        if tensor is None or tensor.ndim:
+            raise StaysFloat(f"its operand {_called(operand)} is no known number")
+        return float(tensor)
+
+    def constant(self, operand: Any) -> torch.Tensor | None:
+        """The tensor of a ``get_attr`` operand; None for anything else."""
+        if not isinstance(operand, fx.Node) or operand.op != "get_attr":
+            return None
+        tensor = fetch(self.gm, str(operand.target))
+        return tensor.detach() if isinstance(tensor, torch.Tensor) else None
+
+    def range_of(self, node: fx.Node) -> tuple[int, int]:
+        """Bounds of an integer node: known from how it was made, from its constant, or from its dtype."""
+        if node not in self.ranges:
+            tensor = self.constant(node)
+            if tensor is not None:
+                self.ranges[node] = (int(tensor.min()), int(tensor.max())) if tensor.numel() else (0, 0)
+            else:
+                info = torch.iinfo(node.meta["val"].dtype)
+                self.ranges[node] = (int(info.min), int(info.max))
+        return self.ranges[node]
+
+    def call(
+        self, like: fx.Node, target: Callable[..., Any], *args: Any, dtype: torch.dtype, site: str = "", **kwargs: Any
+    ) -> fx.Node:
+        """A new node in front of ``like``, with its shape and site (or ``site``) and the dtype given."""
+        with self.gm.graph.inserting_before(like):
+            node = self.gm.graph.call_function(target, args, kwargs)
+        node.meta = {"site": site or site_of(like), "path": module_path(like)}
+        if isinstance(like.meta.get("val"), torch.Tensor):
+            node.meta["val"] = like.meta["val"].detach().to(dtype)
+        return node
+
+    def store(self, like: fx.Node, what: str, tensor: torch.Tensor, *, exact: str = "") -> fx.Node:
+        """A constant named after the site of ``like`` (or ``exact``), read in front of it."""
+        name = exact or unused_name(self.gm, f"{re.sub(r'[/:]', '_', site_of(like))}_{what}")
+        put(self.gm, name, tensor)
+        with self.gm.graph.inserting_before(like):
+            node = self.gm.graph.get_attr(name)
+        node.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        return node
+
+    def real(self, value: QValue, node: fx.Node) -> fx.Node:
+        """A ``dequantize`` behind the float ``node``, for readers that stay float."""
+        after = node.next
+        scale: Any = torch.as_tensor(value.scale, dtype=torch.float32)
+        site = f"{site_of(node)}/real"
+        if value.rows is None:
+            factor = self.store(after, "scale", scale, exact=unused_name(self.gm, _attribute(site, "scale")))
+        else:
+            table = self.store(after, "scale", scale[:, None], exact=unused_name(self.gm, _attribute(site, "scale")))
+            rows = BY_NAME["int_embedding"].target
+            factor = self.call(after, rows, table, value.rows, dtype=torch.float32, site=f"{site}/scale")
+        target = BY_NAME["dequantize"].target
+        made = self.call(
+            after, target, value.node, factor, value.zero_point, value.axis, dtype=torch.float32, site=site
+        )
+        made.meta["val"] = node.meta.get("val")
+        return made
+
+
+def _called(operand: Any) -> str:
+    if not isinstance(operand, fx.Node):
+        return repr(operand)
+    return str(operand.target) if operand.op in ("get_attr", "placeholder") else site_of(operand)
+
+
+def _attribute(site: str, what: str) -> str:
+    return f"{re.sub(r'[/:]', '_', site)}_{what}"
+
+
+def array(tensor: torch.Tensor) -> Array:
+    """A constant as a NumPy array."""
+    found: Array = tensor.detach().cpu().numpy()
+    return found
+
+
+def float64(tensor: torch.Tensor) -> Array:
+    """A scale as float64, exactly."""
+    return array(tensor).astype(np.float64)

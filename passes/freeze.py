@@ -1,0 +1,161 @@
+"""qat -> qdq: learned quantizers become ``quantize`` and ``dequantize`` with constants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..errors import CalibrationError
+from ..graph import fetch, module_path, put, site_of, unused_name
+from ..lsq import BiasGrid, Lsq
+from ..op import op_of
+from ..ops.qat import bias_grid
+from ..ops.qdq import dequantize, quantize, torch_container
+from ..pipeline import graph_pass
+
+
+@graph_pass("qat->qdq")
+def freeze(gm: fx.GraphModule) -> None:
+    """lsq(x) -> dequantize(quantize(x)); lsq(w) -> dequantize(codes); bias_grid(b) -> dequantize(codes)
+
+    The graph computes what qat computes in eval mode, bit for bit. Raises CalibrationError for a quantizer without a
+    scale, and for a weight or scale that is not finite.
+    """
+    names: dict[str, str] = {}
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and node.target is bias_grid:
+            _freeze_bias(gm, node, names)
+    for node in list(gm.graph.nodes):
+        if (op := op_of(node)) is not None and op.name == "lsq":
+            _freeze_quantizer(gm, node, names)
+    gm.graph.eliminate_dead_code()
+    drop_unused(gm)
+
+
+def _freeze_quantizer(gm: fx.GraphModule, node: fx.Node, names: dict[str, str]) -> None:
+    lsq, source = fetch(gm, str(node.target)), node.args[0]
+    _demand_ready(lsq, node)
+    zero_point, axis = int(lsq.zero_point), lsq.spec.axis
+    scale = _constant(gm, node, f"{node.target}_scale", lambda: lsq.scale.detach().clone(), names)
+    if source.op == "get_attr":  # type: ignore[union-attr]
+        codes = _codes(gm, node, source, lsq, names)
+    elif _gathers(gm, source):
+        codes = _rows(gm, node, source, lsq, names)
+    else:
+        args = (source, scale, zero_point, int(lsq.qmin), int(lsq.qmax), axis)
+        codes = _call(gm, node, quantize, args, site_of(node), torch_container(int(lsq.qmin), int(lsq.qmax)))
+    new = _call(gm, node, dequantize, (codes, scale, zero_point, axis), _undone(site_of(node)), torch.float32)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+
+
+def _demand_ready(lsq: Lsq, node: fx.Node) -> None:
+    if not bool(lsq.ready):
+        raise CalibrationError("this quantizer has no scale", where=site_of(node), do="calibrate first")
+    scale = lsq.scale.detach()
+    if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
+        raise CalibrationError("a scale is not finite and positive", where=site_of(node), do="look for NaN in training")
+
+
+def _undone(site: str) -> str:
+    """Site of the dequantize that undoes a quantizer: ``x/q`` -> ``x/dq``, ``x/w`` -> ``x/dw``."""
+    head, _, kind = site.rpartition("/")
+    return f"{head}/d{kind}"
+
+
+def _gathers(gm: fx.GraphModule, node: Any) -> bool:
+    """An embedding straight from a parameter: its codes are gathered in place of its floats."""
+    op = op_of(node)
+    return op is not None and op.name == "embedding" and isinstance(_parameter(gm, node.args[0]), nn.Parameter)
+
+
+def _parameter(gm: fx.GraphModule, node: Any) -> Any:
+    return fetch(gm, str(node.target)) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+
+def _codes(gm: fx.GraphModule, node: fx.Node, source: Any, lsq: Lsq, names: dict[str, str]) -> fx.Node:
+    """The integers of a parameter as a constant; one copy however many nodes read them."""
+
+    def make() -> torch.Tensor:
+        weight = fetch(gm, str(source.target)).detach()
+        if not bool(torch.isfinite(weight).all()):
+            raise CalibrationError("a weight is NaN or infinite", where=str(source.target), do="look at the training")
+        return lsq.codes(weight).to(torch_container(int(lsq.qmin), int(lsq.qmax)))
+
+    return _constant(gm, node, f"{node.target}_codes", make, names)
+
+
+def _rows(gm: fx.GraphModule, node: fx.Node, source: Any, lsq: Lsq, names: dict[str, str]) -> fx.Node:
+    codes = _codes(gm, node, source.args[0], lsq, names)
+    dtype = torch_container(int(lsq.qmin), int(lsq.qmax))
+    return _call(gm, node, source.target, (codes, *source.args[1:]), site_of(source), dtype, dict(source.kwargs))
+
+
+def _freeze_bias(gm: fx.GraphModule, node: fx.Node, names: dict[str, str]) -> None:
+    """The bias as int32 codes on the grid ``s_x * s_w``, with the float32 scale that training rounded it with."""
+    bias = fetch(gm, str(node.args[0].target)).detach()  # type: ignore[union-attr]
+    x_lsq, w_lsq = (fetch(gm, str(a.target)) for a in node.args[1:3])  # type: ignore[union-attr]
+    for lsq in (x_lsq, w_lsq):
+        _demand_ready(lsq, node)
+    scales = (x_lsq.scale.detach(), w_lsq.scale.detach())
+    name = f"{node.args[0].target}_grid"  # type: ignore[union-attr]
+    codes = _store(gm, node, f"{name}_codes", BiasGrid().codes(bias, *scales))
+    scale = _store(gm, node, f"{name}_scale", scales[0] * scales[1])
+    axis = 0 if scale.meta["val"].ndim else None
+    new = _call(gm, node, dequantize, (codes, scale, 0, axis), f"{site_of(node)}/dq", torch.float32)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+
+
+def _constant(gm: fx.GraphModule, node: fx.Node, name: str, make: Any, names: dict[str, str]) -> fx.Node:
+    """A constant made once per name: a shared quantizer keeps one scale and one set of codes."""
+    if name not in names:
+        names[name] = unused_name(gm, name.replace("_lsq_", "_"))
+        put(gm, names[name], make())
+    return _read(gm, node, names[name])
+
+
+def _store(gm: fx.GraphModule, node: fx.Node, name: str, tensor: torch.Tensor) -> fx.Node:
+    stored = unused_name(gm, name)
+    put(gm, stored, tensor)
+    return _read(gm, node, stored)
+
+
+def _read(gm: fx.GraphModule, node: fx.Node, name: str) -> fx.Node:
+    tensor = fetch(gm, name)
+    with gm.graph.inserting_before(node):
+        new = gm.graph.get_attr(name)
+    new.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return new
+
+
+def _call(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    target: Any,
+    args: tuple[Any, ...],
+    site: str,
+    dtype: torch.dtype,
+    kwargs: dict[str, Any] | None = None,
+) -> fx.Node:
+    with gm.graph.inserting_before(node):
+        new = gm.graph.call_function(target, args, kwargs or {})
+    new.meta = {"site": site, "path": module_path(node), "val": node.meta["val"].detach().to(dtype)}
+    return new
+
+
+def drop_unused(gm: fx.GraphModule) -> None:
+    """Forget every parameter, buffer and module that no node of the graph reads."""
+    used = {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
+    for owner_name, owner in list(gm.named_modules(remove_duplicate=False)):
+        prefix = f"{owner_name}." if owner_name else ""
+        for own in (owner._parameters, owner._buffers):
+            for name in [n for n in own if f"{prefix}{n}" not in used]:
+                del own[name]
+    for name, module in sorted(gm.named_modules(remove_duplicate=False), key=lambda p: -len(p[0])):
+        empty = not (module._modules or module._parameters or module._buffers)
+        if name and empty and name not in used:
+            parent, _, last = name.rpartition(".")
+            gm.get_submodule(parent)._modules.pop(last, None)

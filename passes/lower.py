@@ -1,0 +1,139 @@
+"""qdq -> int: ``dequantize, op, quantize`` collapse into integer primitives; what cannot is a float island."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..graph import fetch, moves_data, plumbing, site_of
+from ..lowering import Grid, Lowering, QValue, StaysFloat, array, float64
+from ..op import is_float, op_of, tensor_args
+from ..ops.lower_rules import requantized
+from ..ops.qdq import dequantize, quantize
+from ..pipeline import graph_pass
+from .freeze import drop_unused
+
+EDGES = ("quantize", "dequantize")
+
+
+@dataclass(frozen=True)
+class Island:
+    """A float op left in an integer graph, and why."""
+
+    site: str
+    op: str
+    reason: str
+
+
+@graph_pass("qdq->int")
+def lower(gm: fx.GraphModule) -> None:
+    """dequantize, op, quantize -> an integer op and one requantization; float islands go to ``gm.meta["islands"]``
+
+    Raises LoweringError, with the site and the bound, where a 32-bit accumulator could overflow.
+    """
+    hidden = {site_of(n) for n in plumbing(gm.graph) if n.op == "call_function"}
+    state = Lowering(gm)
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function":
+            _visit(state, node)
+    _reconnect(state)
+    gm.graph.eliminate_dead_code()
+    drop_unused(gm)
+    gm.meta["islands"] = _islands(state, hidden)
+
+
+def _visit(state: Lowering, node: fx.Node) -> None:
+    op = op_of(node)
+    if node.target is dequantize:
+        state.values[node] = _started(state, node)
+    elif node.target is quantize:
+        _finish(state, node)
+    elif op is None:
+        return
+    elif op.lower is not None:
+        try:
+            value = op.lower(state, node)
+            if value is not None:
+                state.values[node] = value
+        except StaysFloat as why:
+            state.reasons[node] = str(why)
+    elif moves_data(node):
+        _move(state, node)
+
+
+def _started(state: Lowering, node: fx.Node) -> QValue:
+    """dequantize(codes, scale, zero_point, axis): here integers begin."""
+    source, scale = node.args[:2]
+    zero_point, axis = (*node.args[2:], *(0, None)[len(node.args) - 2 :])
+    constant = state.constant(source)
+    low, high = state.range_of(source)  # type: ignore[arg-type]
+    return QValue(
+        source,  # type: ignore[arg-type]
+        float64(fetch(state.gm, str(scale.target))),  # type: ignore[union-attr]
+        low,
+        high,
+        int(zero_point),  # type: ignore[arg-type]
+        axis,  # type: ignore[arg-type]
+        codes=None if constant is None else array(constant),
+    )
+
+
+def _finish(state: Lowering, node: fx.Node) -> None:
+    """quantize(x, ...): the integers of x on this grid, or, for a float x, the quantize that stands there already."""
+    x, scale, zero_point, qmin, qmax = node.args[:5]
+    state.ranges[node] = (int(qmin), int(qmax))  # type: ignore[arg-type]
+    value = state.values.get(x)  # type: ignore[arg-type]
+    tensor = fetch(state.gm, str(scale.target))  # type: ignore[union-attr]
+    if value is None or tensor.ndim:
+        return
+    grid = Grid(float(tensor), int(zero_point), int(qmin), int(qmax))  # type: ignore[arg-type]
+    codes = requantized(state, node, value, grid) if isinstance(value, QValue) else value.quantized(state, node, grid)
+    state.ranges[codes.node] = (codes.lo, codes.hi)
+    node.replace_all_uses_with(codes.node)
+
+
+def _move(state: Lowering, node: fx.Node) -> None:
+    """view(x) and its like move the codes of x; a value with several scales is moved as floats."""
+    source = tensor_args(node)[0]
+    value = state.values.get(source)
+    several = sum(is_float(a) for a in tensor_args(node)) > 1
+    if several or not isinstance(value, QValue) or not value.is_per_tensor:
+        return
+    with node.graph.inserting_before(node):
+        moved = node.graph.node_copy(node, lambda n: value.node if n is source else n)
+    moved.meta = dict(node.meta)
+    if isinstance(node.meta.get("val"), torch.Tensor):
+        moved.meta["val"] = node.meta["val"].detach().to(value.node.meta["val"].dtype)
+    state.values[node] = QValue(moved, value.scale, value.lo, value.hi, value.zero_point)
+
+
+def _reconnect(state: Lowering) -> None:
+    """Backwards: drop what nobody reads any more; let what stays float read dequantized integers."""
+    made: dict[fx.Node, fx.Node] = {}
+    graph = state.gm.graph
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
+            continue
+        for operand in list(node.all_input_nodes):
+            value = state.values.get(operand)
+            if not isinstance(value, QValue) or operand.target is dequantize or node is made.get(operand):
+                continue
+            if operand not in made:
+                made[operand] = state.real(value, operand)
+            node.replace_input_with(operand, made[operand])
+
+
+def _islands(state: Lowering, hidden: set[str]) -> tuple[Island, ...]:
+    found = []
+    for node in state.gm.graph.nodes:
+        op = op_of(node)
+        if op is None or op.name in EDGES or moves_data(node) or not is_float(node):
+            continue
+        if site_of(node) in hidden or op.name == "int_embedding":
+            continue
+        reason = state.reasons.get(node) or op.why_float or "it has no integer form"
+        found.append(Island(site_of(node), op.name, reason))
+    return tuple(found)
