@@ -135,7 +135,7 @@ def _unary(
     sig: str = "float -> float",
     why: str = WHY_FLOAT,
 ) -> Op:
-    emit = onnx if callable(onnx) else lambda g, x, kind=onnx: getattr(g, kind)(x)
+    emit = onnx if callable(onnx) else lambda g, x, kind=onnx: getattr(g, kind)(g.typed(x))
     lower = lower_table if why == WHY_TABLE else None
     sample = _one(make)
     return declare(

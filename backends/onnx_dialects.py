@@ -1,0 +1,134 @@
+"""How each runtime wants ``quantize`` and ``dequantize`` written: integer types, offsets, ranges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from ..errors import ConfigError
+from .onnx_builder import Builder, Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """``unsigned``: signed 8-bit activations are shifted by 128 into uint8 (lossless): ONNX Runtime's x86 kernels take
+    no other, int8 activations that several ops read fall back to floats (references: onnxruntime QDQS8ToU8)."""
+
+    name: str
+    unsigned: bool
+    why: str
+
+
+DIALECTS = {
+    d.name: d
+    for d in (
+        Dialect(name="ort-cpu", unsigned=True, why="ONNX Runtime on x86: uint8 activations, int8 weights"),
+        Dialect(name="spec", unsigned=False, why="plain ONNX: int8 for signed ranges, uint8 for unsigned ones"),
+    )
+}
+
+
+def dialect_of(target: str) -> Dialect:
+    """ConfigError names the known targets."""
+    if target not in DIALECTS:
+        raise ConfigError(f"unknown export target {target!r}", do=f"use one of {', '.join(DIALECTS)}")
+    return DIALECTS[target]
+
+
+@dataclass(frozen=True)
+class Container:
+    """The integer type of the codes in the file (None: floats that hold integers) and the offset added to them."""
+
+    dtype: str | None
+    offset: int = 0
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        info = np.iinfo(self.dtype or "int32")
+        return int(info.min), int(info.max)
+
+
+def container(dialect: Dialect, zero_point: int, qmin: int, qmax: int) -> Container:
+    """The type that holds ``qmin..qmax`` and the zero point; QuantizeLinear knows 8 bits, and 16 from opset 21 on."""
+    signed = Container("uint8", 128) if dialect.unsigned else Container("int8")
+    for choice in (Container("uint8"), signed, Container("int16"), Container("uint16")):
+        low, high = (v - choice.offset for v in choice.limits)
+        if low <= qmin and qmax <= high and low <= zero_point <= high:
+            return choice
+    return Container(None)
+
+
+def opset_for(containers: list[Container]) -> int:
+    """20 has Gelu; 16-bit codes need 21."""
+    return 21 if any(c.dtype in ("int16", "uint16") for c in containers) else 20
+
+
+def emit_quantize(
+    g: Builder,
+    dialect: Dialect,
+    x: ir.Value,
+    scale: NDArray[Any],
+    zero_point: int,
+    qmin: int,
+    qmax: int,
+    axis: int | None,
+) -> tuple[ir.Value, Grid]:
+    """``clamp(round_half_even(x / scale) + zero_point, qmin, qmax)`` -> codes and their grid.
+
+    QuantizeLinear saturates at the ends of its type only; a narrower range is clipped in front of it, in floats. That
+    is exact: a bound divided by the scale is within an ulp of an integer, and what it cuts off rounds beyond it.
+    """
+    holds = container(dialect, zero_point, qmin, qmax)
+    if holds.dtype is None:
+        return _quantize_in_floats(g, x, scale, zero_point, qmin, qmax, axis)
+    low, high = holds.limits
+    if low - holds.offset < qmin or qmax < high - holds.offset:
+        x = _clipped(g, x, scale, qmin - zero_point, qmax - zero_point, axis)
+    zero = np.full(scale.shape, zero_point + holds.offset, holds.dtype)
+    attributes = {} if axis is None else {"axis": axis}
+    codes = g.QuantizeLinear(x, g.constant(scale), g.constant(zero), **attributes)
+    return codes, Grid(scale, zero_point + holds.offset, axis, codes, holds.offset)
+
+
+def _along(g: Builder, x: ir.Value, values: NDArray[Any], axis: int | None) -> ir.Value:
+    """A constant that runs along ``axis`` of ``x``."""
+    if axis is None or values.ndim == 0:
+        return g.constant(values)
+    shape = [1] * g.rank(x)
+    shape[axis] = -1
+    return g.constant(values.reshape(shape))
+
+
+def _clipped(g: Builder, x: ir.Value, scale: NDArray[Any], low: int, high: int, axis: int | None) -> ir.Value:
+    bounds = [np.asarray(np.float32(v) * scale, np.float32) for v in (low, high)]
+    if scale.ndim == 0:
+        return g.Clip(x, *map(g.constant, bounds))
+    dims = g.dims(x)
+    least, most = (_along(g, x, b, axis) for b in bounds)
+    clipped: ir.Value = g.Min(g.Max(x, least), most)  # Clip takes scalars only
+    g.describe(clipped, torch.float32, dims)
+    return clipped
+
+
+def _quantize_in_floats(
+    g: Builder, x: ir.Value, scale: NDArray[Any], zero_point: int, qmin: int, qmax: int, axis: int | None
+) -> tuple[ir.Value, Grid]:
+    """Codes of 17 to 32 bits stay floats that hold integers (ONNX Round is half to even); exact below 2**24."""
+    codes = g.Round(g.Div(x, _along(g, x, scale, axis)))
+    if zero_point:
+        codes = g.Add(codes, g.constant(np.float32(zero_point)))
+    codes = g.Clip(codes, g.constant(np.float32(qmin)), g.constant(np.float32(qmax)))
+    return codes, Grid(scale, zero_point, axis)
+
+
+def emit_dequantize(g: Builder, codes: ir.Value, grid: Grid) -> ir.Value:
+    """``(codes - zero_point) * scale``."""
+    if grid.codes is not None or codes.const_value is not None:
+        return g.dequantize(codes, grid)
+    shifted = g.Sub(codes, g.constant(np.float32(grid.zero_point))) if grid.zero_point else codes
+    return g.Mul(shifted, _along(g, codes, grid.scale, grid.axis))
