@@ -12,14 +12,13 @@ _WHERE = {
     "convert": "api",
     "export_onnx": "api",
     "from_pretrained": "api",
-    "calibrate": "calibrate",
-    "param_groups": "calibrate",
-    "scale_report": "calibrate",
-    "compare": "compare",
-    "distill": "distill",
-    "Tap": "distill",
+    "calibrate": "calibration",
+    "param_groups": "calibration",
+    "scale_report": "calibration",
+    "compare": "comparison",
+    "distill": "distillation",
+    "Tap": "distillation",
     "match_graphs": "matching",
-    "capture": "capture",
     "graph_pass": "pipeline",
     "Trace": "pipeline",
     "QSpec": "qconfig",
@@ -32,10 +31,9 @@ __all__ = [*_WHERE]
 
 if TYPE_CHECKING:
     from .api import convert, export_onnx, freeze_qat, from_pretrained, prepare_qat
-    from .calibrate import calibrate, param_groups, scale_report
-    from .capture import capture
-    from .compare import compare
-    from .distill import Tap, distill
+    from .calibration import calibrate, param_groups, scale_report
+    from .comparison import compare
+    from .distillation import Tap, distill
     from .errors import KdlsqError
     from .matching import match_graphs
     from .pipeline import Trace, graph_pass

@@ -156,7 +156,7 @@ def _from_graph(model: fx.GraphModule) -> Captured:
     for old, new in zip(model.graph.nodes, gm.graph.nodes):  # deepcopy keeps meta of nodes; keep it exactly
         new.meta = dict(old.meta)
     flat = pytree.tree_leaves(next(iter(gm.graph.find_nodes(op="output"))).args[0])
-    missing = [n for n in gm.graph.nodes if n.op == "call_function" and "val" not in n.meta]
+    missing = [n for n in gm.graph.nodes if n.op.startswith("call_") and "val" not in n.meta and n.users]
     if missing:
         raise CaptureError(
             "the GraphModule was not made by torch.export: its nodes carry no shapes",

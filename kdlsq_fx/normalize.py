@@ -49,7 +49,7 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node) -> None:
         _restore_dropout(gm, node)
     elif target in FACTORIES:
         _factory(node)
-    elif isinstance(target, torch._ops.OpOverload) and target._schema.name.endswith("_"):
+    elif isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
         _functionalize(node, target)
 
 

@@ -46,6 +46,7 @@ def save_qat(qat: QuantModel, path: str | Path, tokenizer: Any = None) -> Path:
         "format": FORMAT,
         "stage": qat.stage,
         "model_class": qat.model_class,
+        "inputs": list(qat.input_names),
         "versions": versions(),
         "graph": graph_hash(qat.gm),
         "qconfig": qat.qconfig.to_dict(),
@@ -62,7 +63,8 @@ def load_qat(folder: Path, prepare: Callable[..., QuantModel], model: nn.Module 
     """
     info = read_json(folder / INFO)
     tensors = read_tensors(folder / WEIGHTS)
-    example = read_tensors(folder / EXAMPLE) if (folder / EXAMPLE).exists() else None
+    saved = read_tensors(folder / EXAMPLE) if (folder / EXAMPLE).exists() else {}
+    example = {k: saved[k] for k in info["inputs"] if k in saved} or None  # the order of the graph's inputs
     source = model if model is not None else _fresh_model(folder, str(info["model_class"]))
     qat = prepare(source, QConfig.from_dict(info["qconfig"]), example=example, passes=passes)
     if graph_hash(qat.gm) != info["graph"]:

@@ -172,7 +172,7 @@ def _insert(gm: fx.GraphModule, demand: Demand) -> None:
         _insert_weight(gm, demand)
     else:
         name = f"{_attribute(site_of(demand.value))}_{'wide_' if demand.kind == 'wide' else ''}lsq"
-        quantizer = make_quantizer(demand.spec, role="act")
+        quantizer = make_quantizer(demand.spec, role="act", site=site_of(demand.value))
         node = _call(gm, name, quantizer, demand.value, site_of(demand.value) + ("/w" if demand.kind == "wide" else "/q"))
         for user, operand in demand.uses:
             _reread(user, operand, demand.value, node)
@@ -181,7 +181,7 @@ def _insert(gm: fx.GraphModule, demand: Demand) -> None:
 def _insert_weight(gm: fx.GraphModule, demand: Demand) -> None:
     weight = fetch_parameter(demand.value)
     channels = weight.shape[0] if demand.spec.axis == 0 else None
-    quantizer = make_quantizer(demand.spec, channels=channels, numel=weight.numel(), role="weight")
+    quantizer = make_quantizer(demand.spec, channels=channels, numel=weight.numel(), role="weight", site=str(demand.value.target))
     quantizer.init_from(weight.detach())
     name = f"{demand.value.target}_lsq"
     gathered = demand.spec.axis is None and demand.spec.quantizer in GATHER_FIRST

@@ -1,0 +1,218 @@
+"""prepare_qat: where quantizers stand, the HF surface, saving, and clear errors."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+
+import pytest
+import torch
+from families import FAMILIES, batch, for_model, tiny
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+import kdlsq_fx as kq
+from kdlsq_fx.errors import CalibrationError, CheckpointError, ConfigError, InputError
+from kdlsq_fx.graph import root, site_of, sited
+from kdlsq_fx.lsq import Lsq
+from kdlsq_fx.op import op_of, tensor_args
+from kdlsq_fx.qconfig import QSpec, Rule
+
+
+def quantizers(qat):
+    return {str(n.target): n for n in qat.gm.graph.nodes if (op := op_of(n)) and op.name == "lsq"}
+
+
+def operand_is_quantized(qat, site, index):
+    return op_of(root(tensor_args(sited(qat.gm.graph)[site])[index])).name == "lsq"
+
+
+def calibrated(model, qconfig, **kwargs):
+    qat = kq.prepare_qat(model, qconfig, **kwargs)
+    kq.calibrate(qat, [for_model(model, batch(seed=s)) for s in range(2)], progress=False)
+    return qat
+
+
+def test_the_papers_placement_on_bert():
+    qat = kq.prepare_qat(tiny("bert"), "W2E2A8")
+    layer = "bert.encoder.layer.0"
+    for name in ("attention.self.query", "attention.self.key", "attention.output.dense", "intermediate.dense"):
+        assert operand_is_quantized(qat, f"{layer}.{name}/linear", 0) and operand_is_quantized(qat, f"{layer}.{name}/linear", 1)
+    for site in (f"{layer}.attention.self/matmul", f"{layer}.attention.self/matmul:1"):
+        assert operand_is_quantized(qat, site, 0) and operand_is_quantized(qat, site, 1)
+    assert operand_is_quantized(qat, "bert.pooler.dense/linear", 1)
+    assert not operand_is_quantized(qat, "classifier/linear", 1)
+    for site in (f"{layer}.attention.output/add", f"{layer}.output/add", "bert.embeddings.LayerNorm/layer_norm"):
+        assert not any(op_of(root(a)) and op_of(root(a)).name == "lsq" for a in tensor_args(sited(qat.gm.graph)[site])[:1])
+    names = quantizers(qat)
+    assert "bert.embeddings.word_embeddings.weight_lsq" in names and "bert.embeddings.position_embeddings.weight_lsq" in names
+    assert "bert.embeddings.token_type_embeddings.weight_lsq" not in names
+
+
+def test_a_value_read_three_times_is_quantized_once():
+    qat = kq.prepare_qat(tiny("bert"), "W4E4A8")
+    sites = sited(qat.gm.graph)
+    readers = [sites[f"bert.encoder.layer.1.attention.self.{n}/linear"] for n in ("query", "key", "value")]
+    assert len({root(r.args[0]) for r in readers}) == 1
+    assert len(quantizers(qat)) == len({n for n in quantizers(qat).values()})
+
+
+@pytest.mark.parametrize("qconfig", ["W4E4A8", "W2E2A8-lsq", "W8E8A8-int", "W4E4A8-lsq+"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_prepares_trains_and_evaluates(family, qconfig):
+    model = tiny(family)
+    qat = calibrated(model, qconfig)
+    data = for_model(model, batch())
+    loss = qat.train()(**data, labels=torch.tensor([0, 1, 0, 1])).loss
+    loss.backward()
+    steps = [p for m in qat.gm.modules() if isinstance(m, Lsq) for p in m.parameters(recurse=False)]
+    assert steps and all(p.grad is not None and torch.isfinite(p.grad).all() for p in steps)
+    with torch.no_grad():
+        assert torch.isfinite(qat.eval()(**data).logits).all()
+
+
+def test_no_fuel_is_the_float_model_and_fuel_counts():
+    model = tiny("bert").eval()
+    data = batch()
+    empty = kq.prepare_qat(model, "W2E2A8", fuel=0).eval()
+    torch.testing.assert_close(empty(**data).logits, model(**data).logits, atol=1e-5, rtol=1e-5)
+    assert len(quantizers(kq.prepare_qat(model, "W2E2A8", fuel=5))) == 5
+
+
+def test_hugging_face_surface():
+    model = tiny("bert").eval()
+    before = copy.deepcopy(model.state_dict())
+    qat = calibrated(model, "W8E8A8")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not model.training
+    names = list(inspect.signature(qat.forward).parameters)
+    assert names == list(inspect.signature(model.forward).parameters)
+    data = batch()
+    out = qat(data["input_ids"], data["attention_mask"], labels=torch.tensor([0, 1, 1, 0]))
+    assert isinstance(out, SequenceClassifierOutput) and out.loss is not None and out[1] is out.logits
+    want = model(**data, labels=torch.tensor([0, 1, 1, 0]))
+    assert abs(float(out.loss) - float(want.loss)) < 0.05
+    assert qat.config.num_labels == 2
+    with pytest.warns(UserWarning, match="pad ids"):
+        ones = qat(input_ids=data["input_ids"]).logits
+    assert torch.equal(ones, qat(input_ids=data["input_ids"], attention_mask=torch.ones_like(data["input_ids"])).logits)
+
+
+@pytest.mark.parametrize("labels", [{"labels": torch.tensor([0, 1, 0, 1])}, {"labels": torch.randn(4, 2)}])
+def test_losses_equal_hugging_face(labels):
+    model = tiny("bert").eval()
+    data = batch()
+    qat = kq.prepare_qat(model, "W8E8A8", fuel=0).eval()
+    torch.testing.assert_close(qat(**data, **labels).loss, model(**data, **labels).loss, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["ForQuestionAnswering", "ForTokenClassification", "ForMaskedLM"])
+def test_losses_of_other_heads(head):
+    model = tiny("bert", head).eval()
+    data = batch()
+    labels = {"labels": torch.where(data["attention_mask"] == 1, data["input_ids"] % 2, -100)}
+    if head == "ForQuestionAnswering":
+        labels = {"start_positions": torch.tensor([0, 1, 2, 40]), "end_positions": torch.tensor([1, 2, 3, 50])}
+    qat = kq.prepare_qat(model, "W8E8A8", fuel=0).eval()
+    torch.testing.assert_close(qat(**data, **labels).loss, model(**data, **labels).loss, atol=1e-5, rtol=1e-5)
+
+
+def test_bad_batches():
+    model = tiny("bert")
+    qat = calibrated(model, "W8E8A8")
+    ids = torch.randint(3, 90, (1, 513))
+    with pytest.raises(InputError, match="513.*512 positions"):
+        qat(input_ids=ids, attention_mask=torch.ones_like(ids))
+    with pytest.raises(InputError, match="vocabulary from 0 to 98"):
+        qat(input_ids=torch.tensor([[5, 99]]), attention_mask=torch.ones(1, 2).long())
+    with pytest.raises(InputError, match="position_ids was not captured"):
+        qat(input_ids=torch.tensor([[5, 6]]), position_ids=torch.tensor([[0, 1]]))
+    with pytest.raises(InputError, match="wrong_name"):
+        kq.prepare_qat(nn.Linear(3, 3), "W8E8A8", example=(torch.randn(2, 3),))(wrong_name=1)
+
+
+def test_bad_configs():
+    model = tiny("bert")
+    with pytest.raises(ConfigError, match="W2E2A8"):
+        kq.prepare_qat(model, "W9000")
+    with pytest.raises(ConfigError, match="matches nothing.*"):
+        kq.prepare_qat(model, (Rule(site="**.layer.7.**", op="linear", weight=QSpec(bits=4)),))
+    clash = (
+        Rule(site="**.query/linear", weight=QSpec(bits=4), act=QSpec(bits=4)),
+        Rule(site="**", op="linear", weight=QSpec(bits=4), act=QSpec(bits=8)),
+    )
+    with pytest.raises(ConfigError, match="differently"):
+        kq.prepare_qat(model, clash)
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[3, 3] = float("nan")
+    with pytest.raises(CalibrationError, match=r"layer\.1\.output\.dense\.weight"):
+        kq.prepare_qat(model, "W8E8A8")
+
+
+def test_uncalibrated_models_say_so():
+    qat = kq.prepare_qat(tiny("bert"), "W8E8A8")
+    with pytest.raises(CalibrationError, match="calibrate"):
+        qat(**batch())
+    with pytest.raises(CalibrationError, match="calibrate"):
+        kq.convert(qat)
+
+
+def test_the_table_names_every_site():
+    table = kq.prepare_qat(tiny("bert"), "W2E2A8").table()
+    assert "classifier/linear" in table and "head" in table
+    assert "bert.encoder.layer.1.attention.self/matmul:1" in table
+    assert "no rule names it" in table
+
+
+def test_tied_decoder_shares_the_quantizer():
+    qat = kq.prepare_qat(tiny("bert", "ForMaskedLM"), "W4E4A8")
+    shared = [n for n in qat.gm.graph.nodes if str(n.target) == "bert.embeddings.word_embeddings.weight_lsq"]
+    assert len(shared) == 2 or operand_is_quantized(qat, "cls.predictions.decoder/linear", 1)
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "modernbert"])
+def test_save_and_load(tmp_path, family):
+    model = tiny(family)
+    qat = calibrated(model, "W4E4A8").eval()
+    qat.save_pretrained(tmp_path / "qat")
+    again = kq.from_pretrained(tmp_path / "qat")
+    data = for_model(model, batch(seed=5))
+    assert torch.equal(again(**data).logits, qat(**data).logits)
+    assert again.qconfig == qat.qconfig and again.stage == "qat"
+
+
+def test_damaged_folders(tmp_path):
+    qat = calibrated(tiny("bert"), "W4E4A8")
+    folder = tmp_path / "qat"
+    qat.save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="truncated"):
+        kq.from_pretrained(folder)
+    weights.write_bytes(whole)
+    info = json.loads((folder / "kdlsq.json").read_text())
+    (folder / "kdlsq.json").write_text(json.dumps({**info, "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        kq.from_pretrained(folder)
+    (folder / "kdlsq.json").write_text(json.dumps({**info, "graph": "0" * 64}))
+    with pytest.raises(CheckpointError, match="not the one"):
+        kq.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        kq.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        qat.save_pretrained(tmp_path / "file" / "qat")
+
+
+def test_other_modules_save_and_load(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+    x = torch.randn(5, 8)
+    qat = kq.prepare_qat(model, "W8E8A8", example=(x,))
+    kq.calibrate(qat, [(x,)], progress=False)
+    qat.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="model="):
+        kq.from_pretrained(tmp_path)
+    again = kq.from_pretrained(tmp_path, model=model)
+    assert torch.equal(again(x), qat.eval()(x))
