@@ -18,6 +18,15 @@ from .op import BY_NAME
 Array = NDArray[Any]
 
 
+@dataclass(frozen=True)
+class Island:
+    """A float op left in an integer graph, and why."""
+
+    site: str
+    op: str
+    reason: str
+
+
 class StaysFloat(Exception):
     """Raised by a lowering rule: the node stays a float island, for this reason."""
 
@@ -68,9 +77,13 @@ Value = QValue | Deferred
 
 @dataclass
 class Lowering:
-    """The state of one walk over a qdq graph: float node -> integer value, bounds of integer nodes, reasons."""
+    """The state of one walk over a qdq graph: float node -> integer value, bounds of integer nodes, reasons.
+
+    ``hidden``: nodes that carry only ids, masks, positions and sizes (kdlsq_fx/graph.py, ``plumbing``).
+    """
 
     gm: fx.GraphModule
+    hidden: frozenset[fx.Node] = frozenset()
     values: dict[fx.Node, Value] = field(default_factory=dict)
     ranges: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
     reasons: dict[fx.Node, str] = field(default_factory=dict)
@@ -81,6 +94,8 @@ class Lowering:
         if isinstance(value, QValue):
             return value
         what = "is rounded by no quantizer" if value is not None else "is float"
+        if operand in self.hidden:
+            what = "is a mask"
         raise StaysFloat(f"its operand {_called(operand)} {what}")
 
     def per_tensor(self, operand: Any) -> QValue:

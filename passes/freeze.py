@@ -38,7 +38,7 @@ def _freeze_quantizer(gm: fx.GraphModule, node: fx.Node, names: dict[str, str]) 
     lsq, source = fetch(gm, str(node.target)), node.args[0]
     _demand_ready(lsq, node)
     zero_point, axis = int(lsq.zero_point), lsq.spec.axis
-    scale = _constant(gm, node, f"{node.target}_scale", lambda: lsq.scale.detach().clone(), names)
+    scale = _scale(gm, node, str(node.target), names)
     if source.op == "get_attr":  # type: ignore[union-attr]
         codes = _codes(gm, node, source, lsq, names)
     elif _gathers(gm, source):
@@ -94,7 +94,10 @@ def _rows(gm: fx.GraphModule, node: fx.Node, source: Any, lsq: Lsq, names: dict[
 
 
 def _freeze_bias(gm: fx.GraphModule, node: fx.Node, names: dict[str, str]) -> None:
-    """The bias as int32 codes on the grid ``s_x * s_w``, with the float32 scale that training rounded it with."""
+    """The bias as int32 codes on the grid ``s_x * s_w``, with the float32 scale that training rounded it with.
+
+    ``meta["scale_product"]`` names the two scales: whoever computes in float64 wants their product unrounded.
+    """
     bias = fetch(gm, str(node.args[0].target)).detach()  # type: ignore[union-attr]
     x_lsq, w_lsq = (fetch(gm, str(a.target)) for a in node.args[1:3])  # type: ignore[union-attr]
     for lsq in (x_lsq, w_lsq):
@@ -105,8 +108,13 @@ def _freeze_bias(gm: fx.GraphModule, node: fx.Node, names: dict[str, str]) -> No
     scale = _store(gm, node, f"{name}_scale", scales[0] * scales[1])
     axis = 0 if scale.meta["val"].ndim else None
     new = _call(gm, node, dequantize, (codes, scale, 0, axis), f"{site_of(node)}/dq", torch.float32)
+    new.meta["scale_product"] = tuple(_scale(gm, node, str(a.target), names).target for a in node.args[1:3])  # type: ignore[union-attr]
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
+
+
+def _scale(gm: fx.GraphModule, node: fx.Node, target: str, names: dict[str, str]) -> fx.Node:
+    return _constant(gm, node, f"{target}_scale", lambda: fetch(gm, target).scale.detach().clone(), names)
 
 
 def _constant(gm: fx.GraphModule, node: fx.Node, name: str, make: Any, names: dict[str, str]) -> fx.Node:

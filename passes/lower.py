@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import fx
 
 from ..graph import fetch, moves_data, plumbing, site_of
-from ..lowering import Grid, Lowering, QValue, StaysFloat, array, float64
+from ..lowering import Grid, Island, Lowering, QValue, StaysFloat, array, float64
 from ..op import is_float, op_of, tensor_args
 from ..ops.lower_rules import requantized
 from ..ops.qdq import dequantize, quantize
@@ -18,23 +16,14 @@ from .freeze import drop_unused
 EDGES = ("quantize", "dequantize")
 
 
-@dataclass(frozen=True)
-class Island:
-    """A float op left in an integer graph, and why."""
-
-    site: str
-    op: str
-    reason: str
-
-
 @graph_pass("qdq->int")
 def lower(gm: fx.GraphModule) -> None:
     """dequantize, op, quantize -> an integer op and one requantization; float islands go to ``gm.meta["islands"]``
 
     Raises LoweringError, with the site and the bound, where a 32-bit accumulator could overflow.
     """
-    hidden = {site_of(n) for n in plumbing(gm.graph) if n.op == "call_function"}
-    state = Lowering(gm)
+    state = Lowering(gm, frozenset(plumbing(gm.graph)))
+    hidden = {site_of(n) for n in state.hidden if n.op == "call_function"}
     for node in list(gm.graph.nodes):
         if node.op == "call_function":
             _visit(state, node)

@@ -23,8 +23,6 @@ from .fixed_point import MAX_SHIFT, dyadic, int_add, requantize
 from .integer import int_conv1d, int_embedding, int_linear, int_matmul, lookup
 from .qdq import quantize, torch_container
 
-LONGEST_TABLE = 2**16
-
 
 @dataclass(frozen=True)
 class Sum:
@@ -78,7 +76,15 @@ def requantized(lowering: Lowering, node: fx.Node, value: QValue, grid: Grid) ->
             lowering.store(node, what, torch.tensor([p[i] for p in pairs]))
             for i, what in enumerate(("multiplier", "shift"))
         )
-    args = (value.node, multiplier, shift, grid.zero_point, grid.qmin, grid.qmax, -1 if value.axis is None else value.axis)
+    args = (
+        value.node,
+        multiplier,
+        shift,
+        grid.zero_point,
+        grid.qmin,
+        grid.qmax,
+        -1 if value.axis is None else value.axis,
+    )
     return _on_grid(lowering.call(node, requantize, *args, dtype=torch_container(grid.qmin, grid.qmax)), grid)
 
 
@@ -238,8 +244,8 @@ def lower_scaled(lowering: Lowering, node: fx.Node) -> QValue:
 def lower_table(lowering: Lowering, node: fx.Node) -> Value:
     """f(x) -> a table of f on all codes of x; exact, as the float op itself fills it"""
     x = lowering.per_tensor(node.args[0])
-    if x.hi - x.lo >= LONGEST_TABLE:
-        raise StaysFloat("its input is a 32-bit accumulator: no quantizer stands before it")
+    if x.node.meta["val"].dtype == torch.int32:
+        raise StaysFloat("its input has too many codes for a table: no quantizer of 16 bits or fewer stands before it")
     rest, kwargs, target = node.args[1:], dict(node.kwargs), node.target
     if any(isinstance(a, fx.Node) for a in (*rest, *kwargs.values())):
         raise StaysFloat("it has a second operand")

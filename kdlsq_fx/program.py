@@ -1,0 +1,181 @@
+"""An integer graph as a file: a JSON program of declared ops and a safetensors file of its constants.
+
+Loading needs no capture and no transformers: op names are looked up in the op table. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .errors import CheckpointError
+from .files import WEIGHTS, make_folder, read_json, read_tensors, write_json, write_tensors
+from .graph import fetch, put, site_of
+from .lowering import Island
+from .op import BY_NAME, op_of
+
+FORMAT = 1
+PROGRAM = "program.json"
+DAMAGED = "copy the folder again"
+
+
+def save_program(gm: fx.GraphModule, path: str | Path) -> Path:
+    """Write ``program.json`` and ``model.safetensors`` into the folder ``path``; each file is replaced as a whole.
+
+    Only call_function nodes of declared ops can be written: CheckpointError names any other. The program holds the
+    hash of its constants, so that a folder half overwritten is found out when it is read.
+    """
+    nodes = [_written(gm, n) for n in gm.graph.nodes if n.op != "output"]
+    (out,) = gm.graph.find_nodes(op="output")
+    folder = make_folder(path)
+    targets = [str(n.target) for n in gm.graph.find_nodes(op="get_attr")]
+    write_tensors(folder / WEIGHTS, {t: fetch(gm, t) for t in dict.fromkeys(targets)})
+    program = {
+        "format": FORMAT,
+        "stage": gm.meta.get("stage", "int"),
+        "constants": {"file": WEIGHTS, "sha256": _hash(folder / WEIGHTS)},
+        "nodes": nodes,
+        "outputs": encode(out.args[0], "output"),
+        "islands": [[i.site, i.op, i.reason] for i in gm.meta.get("islands", ())],
+    }
+    write_json(folder / PROGRAM, program)
+    return folder
+
+
+def load_program(path: str | Path) -> fx.GraphModule:
+    """The GraphModule that :func:`save_program` wrote, with its sites and islands.
+
+    CheckpointError for files that are absent, truncated, of a later format, of another program, or that name an op
+    this version does not know.
+    """
+    from . import ops  # noqa: F401  (fills the op table)
+
+    folder = Path(path)
+    program = read_json(folder / PROGRAM, newest=FORMAT)
+    tensors = read_tensors(folder / WEIGHTS)
+    try:
+        wanted = program["constants"]["sha256"]
+        if wanted != _hash(folder / WEIGHTS):
+            raise CheckpointError(f"{folder / WEIGHTS} is not the file that {PROGRAM} was written with", do=DAMAGED)
+        return _build(program, tensors, str(folder / PROGRAM))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as err:
+        raise CheckpointError(f"{folder / PROGRAM} is damaged: {type(err).__name__}: {err}", do=DAMAGED) from None
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _written(gm: fx.GraphModule, node: fx.Node) -> dict[str, Any]:
+    if node.op == "placeholder":
+        return {"name": node.name, "input": str(node.target)}
+    if node.op == "get_attr":
+        return {"name": node.name, "constant": str(node.target)}
+    op = op_of(node)
+    if node.op != "call_function" or op is None:
+        raise CheckpointError(
+            f"{node.op} {node.target} cannot be written", where=site_of(node), do="convert the model first"
+        )
+    written = {"name": node.name, "op": op.name, "site": site_of(node), "args": encode(node.args, site_of(node))}
+    return {**written, "kwargs": encode(node.kwargs, site_of(node))} if node.kwargs else written
+
+
+def encode(value: Any, where: str) -> Any:
+    """An argument of a node as JSON: lists for tuples and lists, a tagged object for what JSON has no word for."""
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, (list, tuple)):
+        return [encode(v, where) for v in value]
+    if isinstance(value, dict):
+        return {"dict": {k: encode(v, where) for k, v in value.items()}}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, slice):
+        return {"slice": [encode(v, where) for v in (value.start, value.stop, value.step)]}
+    if value is Ellipsis:
+        return {"ellipsis": True}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise CheckpointError(f"an argument of type {type(value).__name__} cannot be written", where=where)
+
+
+def decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
+    """The argument that :func:`encode` wrote; KeyError for a node that is not there yet."""
+    if isinstance(value, list):
+        return [decode(v, nodes) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((tag, inner),) = value.items()
+    return DECODERS[tag](inner, nodes)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"no dtype {name}")
+    return dtype
+
+
+DECODERS: dict[str, Callable[[Any, dict[str, fx.Node]], Any]] = {
+    "node": lambda inner, nodes: nodes[inner],
+    "dict": lambda inner, nodes: {k: decode(v, nodes) for k, v in inner.items()},
+    "dtype": lambda inner, nodes: _dtype(inner),
+    "slice": lambda inner, nodes: slice(*decode(inner, nodes)),
+    "ellipsis": lambda inner, nodes: Ellipsis,
+    "float": lambda inner, nodes: float(inner),
+}
+
+
+def _build(program: dict[str, Any], tensors: dict[str, torch.Tensor], where: str) -> fx.GraphModule:
+    graph, nodes = fx.Graph(), dict[str, fx.Node]()
+    root = fx.GraphModule(nn.Module(), fx.Graph())
+    for name, tensor in tensors.items():
+        put(root, name, tensor)
+    for row in program["nodes"]:
+        nodes[row["name"]] = _read(graph, row, nodes, tensors, where)
+    graph.output(_as_tuple(decode(program["outputs"], nodes)))
+    gm = fx.GraphModule(root, graph)
+    gm.meta["stage"] = program["stage"]
+    gm.meta["islands"] = tuple(Island(*row) for row in program["islands"])
+    return gm.eval()
+
+
+def _read(
+    graph: fx.Graph, row: dict[str, Any], nodes: dict[str, fx.Node], tensors: dict[str, torch.Tensor], where: str
+) -> fx.Node:
+    name = row["name"]
+    if "input" in row:
+        return graph.create_node("placeholder", row["input"], name=name)
+    if "constant" in row:
+        if row["constant"] not in tensors:
+            raise CheckpointError(f"{where} reads the constant {row['constant']}, which is missing", do=DAMAGED)
+        return graph.create_node("get_attr", row["constant"], name=name)
+    op = BY_NAME.get(row["op"])
+    if op is None:
+        raise CheckpointError(f"{where} uses the op {row['op']!r}", where=row.get("site", ""), do="upgrade kdlsq_fx")
+    args, kwargs = decode(row["args"], nodes), decode(row.get("kwargs", {"dict": {}}), nodes)
+    node = graph.create_node("call_function", op.target, tuple(args), kwargs, name=name)
+    node.meta["site"] = row["site"]
+    return node
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def program_text(gm: fx.GraphModule) -> str:
+    """The program's nodes as JSON text, for golden files and reading."""
+    return "\n".join(json.dumps(_written(gm, n)) for n in gm.graph.nodes if n.op != "output") + "\n"
