@@ -1,0 +1,375 @@
+"""Distillation: the KDLSQ loss between a qat student and a frozen teacher, read at taps inside both graphs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from . import kd_losses as losses
+from .capture import capture
+from .errors import ConfigError, InputError
+from .graph import output_args, site_of
+from .matching import Match, match_graphs
+from .model import QuantModel, wrap
+from .qconfig import QConfig
+from .taps import Tap, find_taps, node_at, shape_of, token_axes, vocabulary
+
+PADDING = ("exclude", "paper")
+
+
+class DistillOutput(OrderedDict[str, Any]):
+    """What ``kd(**batch)`` returns: ``loss`` first, then the student's own outputs; by name, key or position.
+
+    ``parts`` holds every term before its weight, detached: hidden, attention, logits, gold, pooled.
+    """
+
+    def __init__(self, fields: Iterable[tuple[str, Any]] | dict[str, Any] = (), parts: dict[str, Any] | None = None):
+        super().__init__(fields)
+        self.__dict__["parts"] = parts or {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return OrderedDict.__getitem__(self, name)
+        raise AttributeError(name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(self.values())
+
+
+class Distiller(nn.Module):
+    """The student with the distillation loss around it; made by :func:`distill`.
+
+    ``kd(**batch)`` runs both models and returns a :class:`DistillOutput`. ``student`` is the qat model itself, whose
+    parameters are the only ones here: the teacher is no submodule, so it stands in no ``state_dict``, ``parameters``
+    or checkpoint, keeps eval mode under ``kd.train()``, and follows ``kd.to(device)``.
+    """
+
+    def __init__(
+        self, student: QuantModel, teacher: QuantModel, taps: tuple[Tap, ...], weights: dict[str, float],
+        temperature: float, padding: str,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.student = student
+        self.taps, self.weights = taps, weights
+        self.temperature, self.padding = temperature, padding
+        places = [node_at(student.gm, t.student, "student") for t in taps]
+        partners = [node_at(teacher.gm, t.teacher, "teacher") for t in taps]
+        self._axes = [token_axes(student.gm, node) for node in places]
+        self._unregistered = (teacher, with_taps(teacher.gm, partners), with_taps(student.gm, places))
+
+    @property
+    def teacher(self) -> QuantModel:
+        return self._unregistered[0]
+
+    @property
+    def config(self) -> Any:
+        return self.student.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device
+
+    def match(self) -> Match:
+        """Which nodes of the two graphs correspond; ``print(kd.match().report())``."""
+        return match_graphs(self.student, self.teacher)
+
+    def report(self) -> str:
+        """The taps and the weights of the terms, as text."""
+        rows = [
+            f"{t.loss:10s} {t.student}" + (f"  <-  {t.teacher}" if t.teacher != t.student else "") for t in self.taps
+        ]
+        terms = ", ".join(f"{k} {v:g}" for k, v in self.weights.items())
+        return "\n".join([*rows, f"weights: {terms}; temperature {self.temperature:g}; padding {self.padding}"])
+
+    def forward(self, *args: Any, **kwargs: Any) -> DistillOutput:
+        """Both models on one batch. InputError where the batch does not fit, or ``gold`` has a weight and no labels."""
+        teacher, teacher_graph, student_graph = self._unregistered
+        labels, inputs = self.student.split(*args, **kwargs)
+        flat, values = student_graph(*(inputs[n] for n in self.student.input_names))
+        with torch.no_grad():
+            given = {k: v for k, v in {**kwargs, **inputs}.items() if k in teacher.input_names}
+            _, given = teacher.split(**given)
+            wanted, targets = teacher_graph(*(given[n] for n in teacher.input_names))
+        fields = _named(self.student, flat)
+        parts = self._between(values, targets, self._weight(inputs))
+        parts |= self._outputs(fields, _named(teacher, wanted), inputs)
+        if self.weights["gold"]:
+            if not labels:
+                raise InputError("gold has a weight but the batch has no labels", do="pass labels=, or set gold=0")
+            parts["gold"] = self.student.pack(flat, labels)["loss"]
+        loss = sum((self.weights[k] * v for k, v in parts.items()), start=torch.zeros((), device=self.device))
+        return DistillOutput({"loss": loss, **fields}, {k: v.detach() for k, v in parts.items()})
+
+    def _weight(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """(batch, length) floats, 1 where a token is real; None where everything counts."""
+        mask = inputs.get("attention_mask")
+        return None if self.padding == "paper" or mask is None or mask.dim() != 2 else (mask != 0).float()
+
+    def _between(
+        self, values: tuple[torch.Tensor, ...], targets: tuple[torch.Tensor, ...], weight: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Terms at the taps: for each loss the sum over its taps."""
+        parts: dict[str, torch.Tensor] = {}
+        for tap, axes, value, target in zip(self.taps, self._axes, values, targets):
+            if value.shape != target.shape:
+                raise InputError(f"shapes {tuple(value.shape)} and {tuple(target.shape)} differ", where=tap.student)
+            if tap.loss == "logits":
+                term = losses.soft_cross_entropy(value, target, weight if 1 in axes else None, self.temperature)
+            else:
+                floor = losses.MASKED if tap.loss == "attention" else None
+                term = losses.mse(value, target, weight, axes, floor)
+            parts[tap.loss] = parts[tap.loss] + term if tap.loss in parts else term
+        return parts
+
+    def _outputs(
+        self, fields: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Terms at the outputs: logits of any head, sentence vectors."""
+        parts = {}
+        if self.weights["logits"] and not any(t.loss == "logits" for t in self.taps):
+            parts["logits"] = self._logits(fields, wanted, self._weight(inputs))
+        if self.weights["pooled"]:
+            pair = fields["last_hidden_state"], wanted["last_hidden_state"]
+            parts["pooled"] = losses.pooled(*pair, inputs.get("attention_mask"))
+        return parts
+
+    def _logits(
+        self, fields: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        if "start_logits" in fields:
+            pairs = [(fields[k], wanted[k]) for k in ("start_logits", "end_logits")]
+            return sum(
+                (losses.span_cross_entropy(s, t, weight, self.temperature) for s, t in pairs),
+                start=torch.zeros((), device=self.device),
+            )
+        s, t = fields["logits"], wanted["logits"]
+        kind = getattr(self.config, "problem_type", None)
+        if s.dim() == 2 and (kind == "regression" or s.shape[-1] == 1):
+            return losses.mse(s, t)
+        if s.dim() == 2 and kind == "multi_label_classification":
+            return losses.soft_binary(s, t, self.temperature)
+        return losses.soft_cross_entropy(s, t, weight if s.dim() == 3 else None, self.temperature)
+
+    def save_pretrained(self, path: str | Path, *args: Any, **kwargs: Any) -> Path:
+        """Write the student alone; see :meth:`QuantModel.save_pretrained`."""
+        return self.student.save_pretrained(path, *args, **kwargs)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Distiller:
+        """``.to``, ``.cuda`` and the like reach the teacher too, though it is no submodule."""
+        super()._apply(fn, recurse)
+        self.teacher._apply(fn, recurse)
+        return self
+
+
+def distill(
+    qat: QuantModel,
+    teacher: nn.Module | QuantModel,
+    *,
+    hidden: float = 1.0,
+    attention: float = 1.0,
+    logits: float = 1.0,
+    gold: float = 0.0,
+    pooled: float = 0.0,
+    temperature: float = 1.0,
+    padding: str = "exclude",
+    taps: Iterable[Tap] | None = None,
+) -> Distiller:
+    """Put the KDLSQ loss (arXiv 2101.05938 and its release; all weights 1 there) around ``qat``.
+
+    ``loss = hidden * L_hid + attention * L_att + logits * L_pred + gold * L_gt + pooled * L_vec``; a term of weight 0
+    costs nothing.
+
+    * ``L_hid``: sum over taps (what enters the first block and leaves each block) of the MSE of hidden states.
+    * ``L_att``: sum over layers of the MSE of attention scores before the softmax (scaled, mask added); entries <= -100
+      count as 0 on each side first.
+    * ``L_pred``: soft cross-entropy to the teacher, mean over batch x classes (``temperature**2`` scales it); question
+      answering: start + end over positions (the release multiplies by 100: set ``logits=100``); one label
+      (regression): MSE to the teacher's output; several labels at once: binary. A bare encoder has none.
+    * ``L_gt``: the head's own loss from the labels. ``L_vec``: 1 - cosine of the mean-pooled sentence vectors.
+
+    Args:
+        qat: the student, from ``prepare_qat``. It is trained in place and stays what ``convert`` takes.
+        teacher: a model of the same tokenizer, or a QuantModel; it is copied, frozen and run in eval mode.
+        padding: ``"exclude"``: rows and columns of padded positions leave every mean; each example is averaged over
+            its own tokens, then the examples are averaged, so that neither the amount of padding nor the split of a
+            batch over steps or processes changes the gradient. ``"paper"``: plain means over all positions as in the
+            released code (padded keys count as 0, padded queries and hidden states of padding count in full).
+        taps: pairs of sites to use in place of the hidden and attention taps found in the graphs.
+
+    Raises:
+        ConfigError: weights or options make no sense; no taps; another vocabulary; shapes differ at a tap.
+    """
+    weights = {"hidden": hidden, "attention": attention, "logits": logits, "gold": gold, "pooled": pooled}
+    _check(qat, teacher, weights, temperature, padding)
+    frozen = _teacher_of(teacher, qat)
+    chosen = _given(taps, weights) if taps is not None else _matched(qat, frozen, weights)
+    _check_vocabulary(qat, frozen, chosen)
+    _check_shapes(qat, frozen, chosen)
+    _check_outputs(qat, frozen, weights, chosen, explicit=logits)
+    return _signed(qat)(qat, frozen, chosen, weights, temperature, padding)
+
+
+def with_taps(gm: fx.GraphModule, nodes: list[fx.Node]) -> fx.GraphModule:
+    """A second graph over the very same parameters and submodules that returns ``(outputs, values of nodes)``."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(gm.graph, copies)
+    outputs = tuple(copies[o] if isinstance(o, fx.Node) else o for o in output_args(gm.graph))
+    graph.output((outputs, tuple(copies[n] for n in nodes)))
+    tapped = fx.GraphModule(gm, graph)
+    for store in ("_parameters", "_buffers", "_modules"):  # the stores themselves, so that .to() reaches both graphs
+        tapped.__dict__[store] = gm.__dict__[store]
+    return tapped
+
+
+def _named(model: QuantModel, flat: Any) -> dict[str, torch.Tensor]:
+    """Outputs by name; those of a plain module are called ``logits``, ``output_1``, ..."""
+    names = model.output_names or ("logits", *(f"output_{i}" for i in range(1, len(flat))))
+    return dict(zip(names, flat))
+
+
+def _signed(qat: QuantModel) -> type[Distiller]:
+    """A Distiller whose ``forward`` shows the student's signature (the Hugging Face Trainer reads it)."""
+
+    def forward(self: Distiller, *args: Any, **kwargs: Any) -> DistillOutput:
+        return Distiller.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(type(qat).forward)  # type: ignore[attr-defined]
+    return type("Distiller", (Distiller,), {"forward": forward, "__module__": __name__, "__doc__": Distiller.__doc__})
+
+
+def _check(qat: Any, teacher: Any, weights: dict[str, float], temperature: float, padding: str) -> None:
+    if not isinstance(qat, QuantModel) or qat.stage not in ("float", "qat"):
+        found = f"a {qat.stage} model" if isinstance(qat, QuantModel) else f"a {type(qat).__name__}"
+        raise ConfigError(f"the student must be a qat model, got {found}", do="call prepare_qat first")
+    if not isinstance(teacher, nn.Module):
+        raise ConfigError(f"a {type(teacher).__name__} cannot teach", do="pass the float model, an nn.Module")
+    if teacher is qat or teacher is qat.gm:
+        raise ConfigError("the teacher is the student itself", do="pass the float model the student was made from")
+    if isinstance(teacher, QuantModel) and teacher.stage == "int":
+        raise ConfigError("an int model cannot teach", do="pass the float model or a qat model")
+    for name, value in {**weights, "temperature": temperature}.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            raise ConfigError(f"{name}={value!r} is no weight", do="use a finite number, 0 or more")
+    if temperature == 0:
+        raise ConfigError("temperature=0", do="use a number above 0; 1 is the papers'")
+    if not any(weights.values()):
+        raise ConfigError("every weight is 0: there is no loss", do="leave one of hidden, attention, logits above 0")
+    if padding not in PADDING:
+        raise ConfigError(f"padding={padding!r} is unknown", do=f"use one of {', '.join(PADDING)}")
+
+
+def _teacher_of(teacher: nn.Module, qat: QuantModel) -> QuantModel:
+    """A frozen copy of the teacher as a graph, in eval mode."""
+    if isinstance(teacher, QuantModel):
+        frozen = copy.copy(teacher)
+        frozen.__dict__["_modules"] = dict(teacher._modules)
+        gm = copy.deepcopy(teacher.gm)
+        gm.meta = dict(teacher.gm.meta)
+        for old, new in zip(teacher.gm.graph.nodes, gm.graph.nodes):
+            new.meta = dict(old.meta)
+        frozen.gm = gm
+    else:
+        example = qat.example if getattr(teacher, "config", None) is None else None
+        frozen = wrap(capture(teacher, example), teacher, QConfig(rules=(), name="teacher"))
+    return frozen.eval().requires_grad_(False)
+
+
+def _given(taps: Iterable[Tap], weights: dict[str, float]) -> tuple[Tap, ...]:
+    chosen = tuple(taps)
+    wrong = [t for t in chosen if not isinstance(t, Tap)]
+    if wrong:
+        raise ConfigError(f"{wrong[0]!r} is not a Tap", do='use Tap(student=..., teacher=..., loss="hidden")')
+    return tuple(t for t in chosen if weights[t.loss])
+
+
+def _matched(qat: QuantModel, teacher: QuantModel, weights: dict[str, float]) -> tuple[Tap, ...]:
+    """Hidden and attention taps of both graphs, paired by the match of the graphs, else by their order."""
+    kinds = [k for k in ("hidden", "attention") if weights[k]]
+    if not kinds:
+        return ()
+    ours, theirs = find_taps(qat.gm), find_taps(teacher.gm)
+    chosen: list[Tap] = []
+    for kind in kinds:
+        a, b = ours.of(kind), theirs.of(kind)
+        if not a or not b:
+            side = "student" if not a else "teacher"
+            raise ConfigError(f"no {kind} taps found in the {side}", do=f"set {kind}=0, or name taps=[Tap(...), ...]")
+        if len(a) != len(b):
+            raise ConfigError(
+                f"the student has {len(a)} {kind} taps, the teacher {len(b)}",
+                where=site_of(a[-1]),
+                do=f"say with taps=[Tap(...), ...] which belong together, or set {kind}=0 (layer maps come later)",
+            )
+        chosen += _pair(kind, a, b)
+    return tuple(chosen)
+
+
+def _pair(kind: Any, ours: tuple[fx.Node, ...], theirs: tuple[fx.Node, ...]) -> list[Tap]:
+    return [Tap(student=site_of(a), teacher=site_of(b), loss=kind) for a, b in zip(ours, theirs)]
+
+
+def _check_vocabulary(qat: QuantModel, teacher: QuantModel, taps: tuple[Tap, ...]) -> None:
+    ours, theirs = vocabulary(qat.gm, qat.config), vocabulary(teacher.gm, teacher.config)
+    if taps and ours and theirs and ours != theirs:
+        raise ConfigError(
+            f"token-level taps need one vocabulary: the student's has {ours} entries, the teacher's {theirs}",
+            where=taps[0].student,
+            do="use a teacher of the same tokenizer, or set hidden=0 and attention=0",
+        )
+
+
+def _check_shapes(qat: QuantModel, teacher: QuantModel, taps: tuple[Tap, ...]) -> None:
+    for tap in taps:
+        a = shape_of(node_at(qat.gm, tap.student, "student"))
+        b = shape_of(node_at(teacher.gm, tap.teacher, "teacher"))
+        if len(a) != len(b) or any(x != y for x, y in zip(a, b) if x is not None and y is not None):
+            raise ConfigError(
+                f"{tap.loss} tap: the student's value has shape {_text(a)}, the teacher's {_text(b)} ({tap.teacher})",
+                where=tap.student,
+                do=f"use a teacher of the same width and heads, other taps=, or {tap.loss}=0 (no projections yet)",
+            )
+
+
+def _text(shape: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("?" if s is None else str(s) for s in shape) + ")"
+
+
+def _check_outputs(
+    qat: QuantModel, teacher: QuantModel, weights: dict[str, float], taps: tuple[Tap, ...], explicit: float
+) -> None:
+    """The outputs that a loss reads exist on both sides and agree; a bare encoder loses its ``logits`` term."""
+    ours, theirs = (_shapes(m) for m in (qat, teacher))
+    if weights["logits"] and not any(t.loss == "logits" for t in taps):
+        wanted = [k for k in ("start_logits", "end_logits", "logits") if k in ours]
+        if not wanted:
+            weights["logits"] = 0.0
+        for name in wanted:
+            if name not in theirs or ours[name][1:] != theirs[name][1:]:
+                found = _text(theirs[name]) if name in theirs else "none"
+                raise ConfigError(
+                    f"{name}: the student's shape is {_text(ours[name])}, the teacher's {found}",
+                    where=name,
+                    do="use a teacher with the same head, or set logits=0",
+                )
+    if weights["pooled"] and not ("last_hidden_state" in ours and "last_hidden_state" in theirs):
+        raise ConfigError("pooled needs last_hidden_state, the output of a bare encoder", do="set pooled=0")
+    if not any(weights[k] for k in ("gold", "pooled", "logits")) and not taps:
+        raise ConfigError("no term is left: there are neither taps nor logits", do="give taps=, or pooled=1")
+
+
+def _shapes(model: QuantModel) -> dict[str, tuple[int | None, ...]]:
+    flat = output_args(model.gm.graph)
+    names = model.output_names or ("logits", *(f"output_{i}" for i in range(1, len(flat))))
+    return {n: shape_of(v) for n, v in zip(names, flat) if isinstance(v, fx.Node)}

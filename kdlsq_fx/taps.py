@@ -1,0 +1,201 @@
+"""Taps: values inside a student and a teacher that a distillation loss compares, found in the graphs themselves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+from .errors import ConfigError
+from .graph import fetch, plumbing, root, site_of
+from .op import is_float, op_of, tensor_args
+
+TapLoss = Literal["hidden", "attention", "logits"]
+LOSSES = ("hidden", "attention", "logits")
+UNSEEN = ("lsq", "bias_grid", "quantize", "dequantize")  # quantizers: they mark a value, they are not one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tap:
+    """One value of the student, the value of the teacher it should equal, and the loss between them.
+
+    ``student, teacher``  sites (``module.path/op``); for ``"attention"`` the value *before* the softmax.
+    ``loss``              "hidden": MSE; "attention": MSE where entries <= -100 count as 0; "logits": soft cross-entropy
+                          over the last dimension.
+    Shapes are equal on both sides. Raises ConfigError for another loss or an empty site.
+    """
+
+    student: str
+    teacher: str
+    loss: TapLoss
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ConfigError(f"a tap has no loss {self.loss!r}", do=f"use one of {', '.join(LOSSES)}")
+        if not self.student or not self.teacher:
+            raise ConfigError(f"{self}: a site is empty", do="give a site of the student and one of the teacher")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one graph offers: ``hidden`` (what enters the first block, then what leaves each block, as Hugging Face's
+    ``hidden_states``) and ``attention`` (pre-softmax scores, scaled, mask added), in the order they are computed."""
+
+    hidden: tuple[fx.Node, ...]
+    attention: tuple[fx.Node, ...]
+
+    def of(self, loss: str) -> tuple[fx.Node, ...]:
+        return self.hidden if loss == "hidden" else self.attention
+
+    def report(self) -> str:
+        """One line a tap."""
+        rows = [(loss, site_of(n)) for loss in ("hidden", "attention") for n in self.of(loss)]
+        return "\n".join(f"{loss:10s} {site}" for loss, site in rows) or "no taps"
+
+
+def find_taps(gm: fx.GraphModule) -> Found:
+    """Hidden states and attention scores of a graph of any architecture, by structure and module path.
+
+    Attention: the operand of a softmax over the last dimension of a (batch, heads, query, key) value. A block is the
+    call of the innermost ``X.<number>`` module around such a softmax (ALBERT calls one module several times; each call
+    counts); without attention, of the outermost one. Its hidden state is the last float value that leaves it.
+    """
+    softmaxes = [n for n in gm.graph.nodes if _is_attention(n)]
+    moved = plumbing(gm.graph)
+    blocks = _blocks(gm.graph, softmaxes)
+    outputs = [out for block in blocks if (out := _leaves(block, moved)) is not None]
+    hidden = list(outputs)
+    if blocks and outputs:
+        first = _enters(gm.graph, blocks[0], outputs[0], moved)
+        hidden = [first, *outputs] if first is not None else outputs
+    return Found(tuple(hidden), tuple(_producer(tensor_args(n)[0]) for n in softmaxes))
+
+
+def node_at(gm: fx.GraphModule, site: str, side: str) -> fx.Node:
+    """The node of a site; ConfigError naming near sites where there is none."""
+    import difflib
+
+    by_site = {site_of(n): n for n in gm.graph.nodes if n.op in ("call_function", "call_module")}
+    if site in by_site:
+        return by_site[site]
+    near = difflib.get_close_matches(site, by_site, 3, 0.5) or list(by_site)[:3]
+    raise ConfigError(f"the {side} has no site {site!r}", where=site, do=f"near it are {', '.join(near)}")
+
+
+def shape_of(node: fx.Node) -> tuple[int | None, ...]:
+    """Sizes of a value, None where they vary from call to call; () where nothing is known."""
+    value = node.meta.get("val")
+    return tuple(s if isinstance(s, int) else None for s in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def token_axes(gm: fx.GraphModule, node: fx.Node) -> tuple[int, ...]:
+    """The dimensions of a value (behind the batch) that run over the tokens of the input."""
+    mask = next((n for n in gm.graph.find_nodes(op="placeholder") if str(n.target) == "attention_mask"), None)
+    if mask is None or not isinstance(mask.meta.get("val"), torch.Tensor) or mask.meta["val"].dim() != 2:
+        return ()
+    length, value = str(mask.meta["val"].shape[1]), node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return ()
+    return tuple(i for i, s in enumerate(value.shape) if i > 0 and str(s) == length)
+
+
+def _name(node: fx.Node) -> str:
+    op = op_of(node)
+    return op.name if op else ""
+
+
+def _producer(node: fx.Node) -> fx.Node:
+    """The value itself, looked up through quantizers."""
+    while _name(node) in UNSEEN:
+        node = tensor_args(node)[0]
+    return node
+
+
+def _is_attention(node: fx.Node) -> bool:
+    if "softmax" not in _name(node) or _name(node).startswith("log"):
+        return False
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dim() != 4:
+        return False
+    dim = node.args[1] if len(node.args) > 1 and isinstance(node.args[1], int) else node.kwargs.get("dim", -1)
+    return dim in (-1, 3) or _name(node) == "masked_softmax"
+
+
+def _calls(node: fx.Node) -> list[str]:
+    """Module calls around a node that are members of a list (``X.<number>``), outermost first; ``@k``: k-th repeat.
+
+    A member that is entered by a method other than its call shows in the paths of its children only (SqueezeBERT).
+    """
+    found: list[str] = []
+    for key, (path, *_) in node.meta.get("nn_module_stack", {}).items():
+        member = re.match(r"(.*\.)?\d+(?=\.|$)", str(path).partition("@")[0])
+        if member:
+            found.append(member.group() + "".join(str(key).partition("@")[1:]))
+    return list(dict.fromkeys(found))
+
+
+def _blocks(graph: fx.Graph, softmaxes: list[fx.Node]) -> list[list[fx.Node]]:
+    """The nodes of each repeated block, in order."""
+    if softmaxes:
+        keys = [_calls(n)[-1] for n in softmaxes if _calls(n)]
+        members = {n: _calls(n) for n in graph.nodes}
+    else:
+        members = {n: _calls(n)[:1] for n in graph.nodes}
+        keys = [c for calls in members.values() for c in calls]
+    return [[n for n in graph.nodes if key in members[n]] for key in dict.fromkeys(keys)]
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Users of a value, looking through quantizers."""
+    for user in node.users:
+        if _name(user) in UNSEEN:
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _is_value(node: fx.Node, moved: set[fx.Node]) -> bool:
+    return (
+        node.op in ("call_function", "call_module")
+        and is_float(node)
+        and node not in moved
+        and _name(node) not in UNSEEN
+        and node.meta["val"].dim() >= 2
+    )
+
+
+def _leaves(block: list[fx.Node], moved: set[fx.Node]) -> fx.Node | None:
+    inside = set(block)
+    for node in reversed(block):
+        if _is_value(node, moved) and any(r not in inside for r in _readers(node)):
+            return node
+    return None
+
+
+def _enters(graph: fx.Graph, block: list[fx.Node], like: fx.Node, moved: set[fx.Node]) -> fx.Node | None:
+    """What the first block reads: the last value before it that has the shape of what leaves it."""
+    inside = set(block)
+    shape = [str(s) for s in like.meta["val"].shape]
+    before = [n for n in graph.nodes if _is_value(n, moved) and n not in inside]
+    for node in reversed(before):
+        same = [str(s) for s in node.meta["val"].shape] == shape
+        if same and any(r in inside for r in _readers(node)):
+            return node
+    return None
+
+
+def vocabulary(gm: fx.GraphModule, config: object) -> int:
+    """Rows of the token table: by the configuration, else by the table that ``input_ids`` look up; 0: none."""
+    known = getattr(config, "vocab_size", None)
+    if known:
+        return int(known)
+    for node in gm.graph.nodes:
+        if _name(node) == "embedding":
+            table, ids = (root(a) for a in tensor_args(node)[:2])
+            if table.op == "get_attr" and ids.op == "placeholder" and str(ids.target) == "input_ids":
+                return int(fetch(gm, str(table.target)).shape[0])
+    return 0
