@@ -86,9 +86,10 @@ def export(
     stage = gm.meta.get("stage")
     if stage not in ("float", "qdq"):
         raise ConfigError(f"a {stage} graph has no ONNX form", do="export a float or qdq graph")
-    emitter = _Emitter(gm, dialect_of(target), cut)
+    dialect = dialect_of(target)
+    emitter = _Emitter(gm, dialect, cut, Builder(for_onnxruntime=dialect.unsigned))
     emitter.run(list(input_names), list(output_names))
-    holds = [container(emitter.dialect, *bounds) for bounds in _ranges(gm)]
+    holds = [container(dialect, *bounds) for bounds in _ranges(gm)]
     model = _model(emitter, opset_for(holds), {"target": target, **(metadata or {})})
     data = model.SerializeToString()
     file = Path(path)
@@ -163,7 +164,7 @@ class _Emitter:
     gm: fx.GraphModule
     dialect: Dialect
     cut: bool
-    g: Builder = field(default_factory=Builder)
+    g: Builder
     env: dict[fx.Node, Any] = field(default_factory=dict)
     codes: dict[ir.Value, Grid] = field(default_factory=dict)
     inputs: list[ir.Value] = field(default_factory=list)
@@ -214,6 +215,9 @@ class _Emitter:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
             self.g.dtype = value.dtype
+        readers = [_name(u) for u in node.users]
+        self.g.shared_with_quantizer = "quantize" in readers and set(readers) != {"quantize"}
+        self.g.clamped_next = len(readers) == 1 and readers[0] in ("relu", "clamp")
         before = len(self.g.nodes)
         if op is not None and op.name == "quantize":
             result = self._quantize(node)

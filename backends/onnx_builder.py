@@ -39,9 +39,12 @@ class Builder:
     Dimensions are ints, or names of sizes that differ from call to call; equal names mean equal sizes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, for_onnxruntime: bool = False) -> None:
         self.site = ""
         self.dtype = torch.float32
+        self.for_onnxruntime = for_onnxruntime
+        self.shared_with_quantizer = False  # a quantizer and another op read the node being written
+        self.clamped_next = False  # a Relu alone reads it
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self.grids: dict[ir.Value, Grid] = {}  # of values that are dequantized codes
@@ -243,13 +246,28 @@ class Builder:
         return turned
 
     def dense(self, x: ir.Value, w: ir.Value, bias: ir.Value | None) -> Any:
-        """``x @ w.T + bias``. ONNX Runtime turns MatMul + Add into Gemm where the rank is 2 or all sizes are known,
-        and runs that in int8 only with a bias of int32 codes; elsewhere a float bias fuses best."""
+        """``x @ w.T + bias`` as MatMul and Add, in the form that ONNX Runtime turns into an int8 kernel.
+
+        What was seen of it: where the rank is 2 or all sizes are known, MatMul + Add becomes Gemm first, and that runs
+        in int8 only with a bias of int32 codes and no Relu behind it. A bias of more than two dimensions and a
+        subtraction are left alone. A product that QuantizeLinear and another op read stays float; one whose bias they
+        read does not, so a missing bias is then written as zeros.
+        """
         product = self.MatMul(x, self.transposed(w))
+        grids = self.grids.get(x), self.grids.get(w)
+        if bias is None and None not in grids and self.shared_with_quantizer:
+            bias = self.constant(np.zeros(self._dims[w][0], np.float32))
         if bias is None:
             return product
-        gemm = self.rank(x) == 2 or all(isinstance(d, int) for d in self._dims[x])
-        return self.Add(product, self._bias_codes(x, w, bias) if gemm else bias)
+        static = all(isinstance(d, int) for d in self._dims[x])
+        real = None if bias.const_value is None else bias.const_value.numpy()
+        if None in grids or not self.for_onnxruntime or real is None or not (static or self.rank(x) == 2):
+            return self.Add(product, bias)
+        if self.rank(x) > 2:
+            return self.Add(product, self.constant(real.reshape(*[1] * (self.rank(x) - 1), -1)))
+        if self.clamped_next:
+            return self.Sub(product, self.constant(-real))
+        return self.Add(product, self._bias_codes(x, w, bias))
 
     def _bias_codes(self, x: ir.Value, w: ir.Value, bias: ir.Value) -> ir.Value:
         """The float bias as int32 codes and DequantizeLinear, where it lies on the grid of both operands."""

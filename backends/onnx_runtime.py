@@ -101,7 +101,7 @@ def kernel_report(path: str | Path) -> KernelReport:
         optimized = onnx.load(file).graph
     kernels = Counter(n.op_type for n in optimized.node)
     makers = {name: n.op_type for n in optimized.node for name in n.output}
-    by_name = {n.name: n.op_type for n in optimized.node if n.name}
+    by_name = {re.sub(r"^fused |/MatMulAddFusion.*$", "", n.name): n.op_type for n in optimized.node if n.name}
     sites: dict[str, str] = {}
     for site, name, values in _products(onnx.load(str(path)).graph):
         found = [makers[v] for v in values if makers.get(v) in (*INTEGER_KERNELS, *FLOAT_KERNELS)]
