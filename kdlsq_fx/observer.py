@@ -10,14 +10,16 @@ from torch import Tensor
 from kdlsq_fx.errors import CalibrationError
 
 CAPACITY = 2**17
+TAIL = 2**12
 
 
 class Observer:
     """Streamed figures of one value over batches.
 
     ``count`` elements; ``rows`` samples (first dimension); ``batches``; ``low, high``; ``abs_sum``; ``peak_sum``, the
-    sum of each batch's largest magnitude; ``values()``, a uniform sample of at most 2**17 elements. The sample is
-    random (a fixed seed), because every k-th element of an activation would be the same few features.
+    sum of each batch's largest magnitude; ``values()``, a uniform sample of at most 2**17 elements; ``tail``, the 2**12
+    of largest magnitude. The sample is random (a fixed seed): every k-th element of an activation would be the same
+    few features. The tail is exact: a few outliers hold most of the error of a narrow range.
     """
 
     def __init__(self, capacity: int = CAPACITY) -> None:
@@ -27,6 +29,7 @@ class Observer:
         self._capacity, self._halvings = capacity, 0
         self._parts: list[Tensor] = []
         self._held = 0
+        self.tail = torch.empty(0)
         self._rng = torch.Generator().manual_seed(0)
 
     @torch.no_grad()
@@ -44,7 +47,9 @@ class Observer:
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.abs_sum += float(x.abs().sum(dtype=torch.float64))
         self.peak_sum += max(-low, high)
-        self._keep(x.reshape(-1))
+        flat = x.detach().reshape(-1)
+        self._keep(flat)
+        self._keep_largest(flat)
 
     def _keep(self, flat: Tensor) -> None:
         """Each element is held with probability 2**-halvings; when the store overflows, every second one goes."""
@@ -57,8 +62,24 @@ class Observer:
             number = int(wanted) + int(torch.rand((), generator=self._rng) < wanted % 1)
             index = torch.randint(flat.numel(), (number,), generator=self._rng)
             flat = flat[index.to(flat.device)]
-        self._parts.append(flat.detach().to("cpu", copy=True))
+        self._parts.append(flat.to("cpu", copy=True))
         self._held += flat.numel()
+
+    def _keep_largest(self, flat: Tensor) -> None:
+        bound = self.tail.abs().min() if self.tail.numel() == TAIL else self._guess(flat)
+        above = flat[flat.abs() > bound.to(flat.device)]
+        if self.tail.numel() + above.numel() >= min(TAIL, self.count):  # else the guess was too high
+            flat = above
+        both = torch.cat([self.tail.to(flat), flat])
+        largest = torch.topk(both.abs(), min(TAIL, both.numel()), sorted=False).indices
+        self.tail = both[largest].cpu()
+
+    def _guess(self, flat: Tensor) -> Tensor:
+        """A magnitude that about twice TAIL elements exceed: a search among those is far quicker than among all."""
+        part = self._parts[-1].abs()
+        share = 2 * TAIL / flat.numel()
+        k = part.numel() - int(share * part.numel())
+        return torch.kthvalue(part, k).values if k > 0 and share < 0.5 else part.new_tensor(-1.0)
 
     def _thin(self) -> None:
         values = self.values()
@@ -68,6 +89,11 @@ class Observer:
     def values(self) -> Tensor:
         """The sample, [n] with n <= 2**17, in the dtype of what was seen."""
         return torch.cat(self._parts) if self._parts else torch.empty(0)
+
+    @property
+    def is_sampled(self) -> bool:
+        """True where ``values()`` is less than all that was seen."""
+        return self._held < self.count
 
     @property
     def mean_abs(self) -> float:

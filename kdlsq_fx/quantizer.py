@@ -157,8 +157,9 @@ class Lsq(nn.Module):
             what = "no activation reached this quantizer during calibration"
             raise CalibrationError(what, where=self.site, do="calibrate with batches that use this part of the model")
         self.features.fill_(seen.features)
-        figures = [self.raw.new_tensor([v]) for v in (seen.mean_abs, seen.low, seen.high)]
-        self._set_from(Summary(seen.values().to(self.raw)[None], *figures))
+        mean_abs, low, high = (self.raw.new_tensor([v]) for v in (seen.mean_abs, seen.low, seen.high))
+        tail = seen.tail.to(self.raw)[None] if seen.is_sampled else None
+        self._set_from(Summary(seen.values().to(self.raw)[None], mean_abs, low, high, tail, seen.count))
         self._observer = None
 
     @property
