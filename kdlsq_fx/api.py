@@ -17,7 +17,10 @@ from .files import INFO, read_json
 from .graph import output_args
 from .lsq import Lsq
 from .model import QuantModel, wrap
+from .passes.drop_dropout import drop_dropout
+from .passes.freeze import freeze
 from .passes.insert_quantizers import insert_quantizers
+from .passes.lower import lower
 from .pipeline import Pass, Trace, run_passes
 from .qconfig import QConfig, Rule, resolve
 from .saving import load_qat, versions
@@ -63,16 +66,14 @@ def prepare_qat(
         stop_after=stop_after,
         trace=trace,
     )
-    return wrap(captured, model if isinstance(model, nn.Module) else None, config)
+    qat = wrap(captured, model if isinstance(model, nn.Module) else None, config)
+    return qat.train(model.training if isinstance(model, nn.Module) else False)
 
 
 def freeze_qat(
     qat: QuantModel, *, passes: Iterable[Pass] = (), stop_after: str | None = None, trace: Trace | None = None
 ) -> QuantModel:
     """qat -> qdq: the same model in eval mode with constants for quantizers; outputs are equal bit for bit."""
-    from .passes.drop_dropout import drop_dropout
-    from .passes.freeze import freeze
-
     return _derive(qat, [drop_dropout, freeze], passes, stop_after, trace)
 
 
@@ -91,9 +92,6 @@ def convert(
     Raises CalibrationError before calibration, LoweringError (site and bound) where an accumulator could overflow.
     """
     from .backends import executor
-    from .passes.drop_dropout import drop_dropout
-    from .passes.freeze import freeze
-    from .passes.lower import lower
 
     pipeline: list[Pass] = [
         drop_dropout,  # inference only from here on

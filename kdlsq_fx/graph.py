@@ -139,20 +139,27 @@ def output_args(graph: fx.Graph) -> list[Any]:
 
 
 def plumbing(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that carry only ids, masks, positions and sizes: no parameter of the model and no float input.
+    """Nodes that carry only ids, masks, positions and sizes; they are never quantized and are no float islands."""
+    return {n for n in graph.nodes if n.meta.get("plumbing")}
 
-    They are never quantized and are no float islands: nothing learned or measured flows through them.
+
+def mark_plumbing(gm: fx.GraphModule) -> None:
+    """Find the plumbing of a float graph: nothing learned or measured flows through it.
+
+    Integer inputs and constants (buffers) are plumbing, and so is every call that reads nothing else. Later stages
+    keep the marks: there weights are buffers too.
     """
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
+    for node in gm.graph.nodes:
         value = node.meta.get("val")
-        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-        if node.op == "placeholder" or node.op == "get_attr":
-            if not floating:
-                found.add(node)
-        elif node.op in ("call_function", "call_module") and all(a in found for a in node.all_input_nodes):
-            found.add(node)
-    return found
+        if node.op == "placeholder":
+            found = not (isinstance(value, torch.Tensor) and value.is_floating_point())
+        elif node.op == "get_attr":
+            found = not isinstance(fetch(gm, str(node.target)), nn.Parameter)
+        else:
+            found = node.op in ("call_function", "call_module") and all(
+                a.meta.get("plumbing") for a in node.all_input_nodes
+            )
+        node.meta["plumbing"] = found
 
 
 def text(gm: fx.GraphModule) -> str:

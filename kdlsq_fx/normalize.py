@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .graph import assign_sites, fetch, module_path, put, unused_name
+from .graph import assign_sites, fetch, mark_plumbing, module_path, put, unused_name
 from .op import BY_TARGET
 from .ops.shape import arange, full
 
@@ -31,6 +31,7 @@ def normalize(gm: fx.GraphModule) -> None:
             _rewrite(gm, node)
     gm.graph.eliminate_dead_code()
     assign_sites(gm.graph)
+    mark_plumbing(gm)
     gm.graph.lint()
     gm.recompile()
 

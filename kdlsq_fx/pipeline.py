@@ -12,7 +12,7 @@ from typing import TextIO
 from torch import fx
 
 from .errors import ConfigError
-from .graph import assign_sites, text
+from .graph import assign_sites, mark_plumbing, text
 from .verify import STAGES, verify
 
 Pass = Callable[[fx.GraphModule], None]
@@ -120,6 +120,8 @@ def _run_one(gm: fx.GraphModule, step: Pass, trace: Trace | None) -> None:
     gm.graph.eliminate_dead_code()
     assign_sites(gm.graph)
     gm.meta["stage"] = after
+    if after == "float":
+        mark_plumbing(gm)
     gm.graph.lint()
     gm.recompile()
     verify(gm, after_pass=step.__name__)
