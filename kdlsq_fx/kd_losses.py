@@ -22,7 +22,7 @@ class _RowSquares(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor | None, floor: float | None
     ) -> torch.Tensor:
         a, b = student.float(), teacher.float()
@@ -40,7 +40,7 @@ class _RowSquares(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (difference,) = ctx.saved_tensors
         scale = (2 * grad).view(-1, *[1] * (difference.dim() - 1))
         return (difference * scale).to(ctx.dtype), None, None, None
@@ -50,7 +50,7 @@ def row_squares(
     student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor | None = None, floor: float | None = None
 ) -> torch.Tensor:
     """(batch,) sums of squared differences of two tensors (batch, ...); see :class:`_RowSquares`."""
-    return _RowSquares.apply(student, teacher, keep, floor)  # type: ignore[no-any-return]
+    return _RowSquares.apply(student, teacher, keep, floor)
 
 
 def mse(

@@ -125,7 +125,7 @@ def _is_attention(node: fx.Node) -> bool:
     return dim in (-1, 3) or _name(node) == "masked_softmax"
 
 
-def _calls(node: fx.Node) -> list[str]:
+def member_calls(node: fx.Node) -> list[str]:
     """Module calls around a node that are members of a list (``X.<number>``), outermost first; ``@k``: k-th repeat.
 
     A member that is entered by a method other than its call shows in the paths of its children only (SqueezeBERT).
@@ -141,10 +141,10 @@ def _calls(node: fx.Node) -> list[str]:
 def _blocks(graph: fx.Graph, softmaxes: list[fx.Node]) -> list[list[fx.Node]]:
     """The nodes of each repeated block, in order."""
     if softmaxes:
-        keys = [_calls(n)[-1] for n in softmaxes if _calls(n)]
-        members = {n: _calls(n) for n in graph.nodes}
+        keys = [member_calls(n)[-1] for n in softmaxes if member_calls(n)]
+        members = {n: member_calls(n) for n in graph.nodes}
     else:
-        members = {n: _calls(n)[:1] for n in graph.nodes}
+        members = {n: member_calls(n)[:1] for n in graph.nodes}
         keys = [c for calls in members.values() for c in calls]
     return [[n for n in graph.nodes if key in members[n]] for key in dict.fromkeys(keys)]
 
