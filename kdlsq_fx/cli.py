@@ -226,6 +226,7 @@ def _demo(commands: Any) -> None:
     p.add_argument("--out", type=Path, default=Path("demo-out"), help="output folder; a run found in it goes on")
     p.add_argument("--steps", type=int, help="training steps (default: what fits in 10 minutes on 2 cores)")
     p.add_argument("--seed", type=int, default=42, help="of the order of the texts")
+    p.add_argument("--threads", type=int, help="CPU threads (default: as many as there are cores)")
 
 
 def run_demo(args: argparse.Namespace) -> int:

@@ -35,7 +35,7 @@ make_venv() {
     fail "$python can make no virtual environment" "install its venv module (Debian, Ubuntu: apt install python3-venv)"
 }
 
-pip_install() { "$bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+pip_install() { "$bin/python" -m pip install -qq --disable-pip-version-check "$@"; }
 
 # torch first, and the build for CPUs where there is one: the default on Linux brings gigabytes of CUDA libraries.
 install_torch() {
