@@ -74,7 +74,7 @@ class IntModel(QuantModel):
         save_program(self.gm, folder)
         if isinstance(self.config, SimpleNamespace):
             write_json(folder / CONFIG, vars(self.config))
-        elif hasattr(self.config, "save_pretrained"):
+        elif self.config is not None and hasattr(self.config, "save_pretrained"):
             self.config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -312,6 +312,16 @@ class _Emitter:
             producer = value.producer() if isinstance(value, ir.Value) else None
             if producer is not None and id(producer) in fresh and value not in self.outputs:
                 value.name = self.g.unique(self.g.site if len(parts) == 1 else f"{self.g.site}.{i}")
+                self._declare(value)
+
+    def _declare(self, value: ir.Value) -> None:
+        """Write the shape into the file: runtimes fuse residual adds with LayerNorm only where they can see it."""
+        dtype, dims = self.g.types.get(value), self.g.known_dims(value)
+        if dtype is None or dims is None:
+            return
+        shape = [d if isinstance(d, int) else self._public(d) or None for d in dims]
+        value.type = ir.TensorType(ir.DataType.from_numpy(self.g.numpy_dtype(dtype)))
+        value.shape = ir.Shape(shape)
 
     def _output(self, label: str, result: Any) -> None:
         value = self.env[result] if isinstance(result, fx.Node) else self.g.constant(result)

@@ -109,6 +109,9 @@ class Builder:
     def dims(self, x: ir.Value) -> Dims:
         return self._dims[x]
 
+    def known_dims(self, x: ir.Value) -> Dims | None:
+        return self._dims.get(x)
+
     def rank(self, x: ir.Value) -> int:
         return len(self._dims[x])
 

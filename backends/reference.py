@@ -71,7 +71,7 @@ class ReferenceModel:
         if missing or extra:
             raise InputError(f"inputs missing: {missing}, unknown: {extra}", do=f"pass {', '.join(self.inputs)}")
         values: dict[str, Any] = {n: _array(inputs[t]) for n, t in zip(self._names, self.inputs)}
-        with np.errstate(over="ignore", invalid="ignore"):  # a masked score may pass -3.4e38, as in torch
+        with np.errstate(all="ignore"):  # infinities and NaN arise silently, as in torch
             for step in self.steps:
                 args, kwargs = _resolved(step.args, values), _resolved(step.kwargs, values)
                 result = step.function(*args, **kwargs)
