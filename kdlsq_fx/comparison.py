@@ -20,6 +20,7 @@ from .report import columns
 
 Array = NDArray[Any]
 CodeHook = Callable[[str, Any], Any]
+Run = Callable[[Mapping[str, Any], CodeHook], Any]
 CODE_OPS = ("quantize", "requantize", "int_add", "lookup")
 
 
@@ -130,9 +131,7 @@ def compare(
     return seen
 
 
-def _compare_batch(
-    seen: Comparison, run_a: Callable[..., Any], run_b: Callable[..., Any], batch: Mapping[str, Any]
-) -> None:
+def _compare_batch(seen: Comparison, run_a: Run, run_b: Run, batch: Mapping[str, Any]) -> None:
     recorded: dict[str, Array] = {}
     free: dict[str, Array] = {}
     found: dict[str, Array] = {}
@@ -194,18 +193,17 @@ def _like(codes: Array, made: Any) -> Any:
     return codes.astype(made.dtype)
 
 
-def _runner(model: Any, exact: bool) -> Callable[[Mapping[str, Any], CodeHook], Any]:
+def _runner(model: Any, exact: bool) -> Run:
     """``run(batch, hook) -> flat outputs`` for any execution."""
     if isinstance(model, QuantModel):
         own = _frozen(model)
         backend = getattr(own, "reference", None)  # an int model that runs in NumPy
-        inner = backend if backend is not None else _runner_of_graph(own.gm, exact)
-        run = inner.run if backend is not None else inner
-        return lambda batch, hook: run(own.split(**batch)[1], hook)
+        inner: Run = _runner_of_graph(own.gm, exact) if backend is None else backend.run
+        return lambda batch, hook: inner(own.split(**batch)[1], hook)
     if isinstance(model, fx.GraphModule):
         return _runner_of_graph(model, exact)
     if hasattr(model, "run"):
-        run: Callable[[Mapping[str, Any], CodeHook], Any] = model.run
+        run: Run = model.run
         return run
     raise ConfigError(f"cannot compare a {type(model).__name__}", do="pass a converted model or a GraphModule")
 
@@ -218,7 +216,7 @@ def _frozen(model: QuantModel) -> QuantModel:
     return freeze_qat(model)
 
 
-def _runner_of_graph(gm: fx.GraphModule, exact: bool) -> Callable[[Mapping[str, Any], CodeHook], Any]:
+def _runner_of_graph(gm: fx.GraphModule, exact: bool) -> Run:
     own = in_float64(gm) if exact else gm
     names = [str(n.target) for n in own.graph.find_nodes(op="placeholder")]
 

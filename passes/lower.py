@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import fx
 
 from ..graph import fetch, moves_data, plumbing, site_of
@@ -54,30 +55,25 @@ def _visit(state: Lowering, node: fx.Node) -> None:
 
 def _started(state: Lowering, node: fx.Node) -> QValue:
     """dequantize(codes, scale, zero_point, axis): here integers begin."""
-    source, scale = node.args[:2]
-    zero_point, axis = (*node.args[2:], *(0, None)[len(node.args) - 2 :])
+    given: list[Any] = list(node.args)
+    source, scale, zero_point, axis = (*given, *(0, None)[len(given) - 2 :])
     constant = state.constant(source)
-    low, high = state.range_of(source)  # type: ignore[arg-type]
-    return QValue(
-        source,  # type: ignore[arg-type]
-        float64(fetch(state.gm, str(scale.target))),  # type: ignore[union-attr]
-        low,
-        high,
-        int(zero_point),  # type: ignore[arg-type]
-        axis,  # type: ignore[arg-type]
-        codes=None if constant is None else array(constant),
-    )
+    low, high = state.range_of(source)
+    real = float64(fetch(state.gm, str(scale.target)))
+    codes = None if constant is None else array(constant)
+    return QValue(source, real, low, high, zero_point, axis, codes=codes)
 
 
 def _finish(state: Lowering, node: fx.Node) -> None:
     """quantize(x, ...): the integers of x on this grid, or, for a float x, the quantize that stands there already."""
-    x, scale, zero_point, qmin, qmax = node.args[:5]
-    state.ranges[node] = (int(qmin), int(qmax))  # type: ignore[arg-type]
-    value = state.values.get(x)  # type: ignore[arg-type]
-    tensor = fetch(state.gm, str(scale.target))  # type: ignore[union-attr]
+    args: list[Any] = list(node.args)
+    x, scale, zero_point, qmin, qmax = args[:5]
+    state.ranges[node] = (qmin, qmax)
+    value = state.values.get(x)
+    tensor = fetch(state.gm, str(scale.target))
     if value is None or tensor.ndim:
         return
-    grid = Grid(float(tensor), int(zero_point), int(qmin), int(qmax))  # type: ignore[arg-type]
+    grid = Grid(float(tensor), zero_point, qmin, qmax)
     codes = requantized(state, node, value, grid) if isinstance(value, QValue) else value.quantized(state, node, grid)
     state.ranges[codes.node] = (codes.lo, codes.hi)
     node.replace_all_uses_with(codes.node)
@@ -93,9 +89,14 @@ def _move(state: Lowering, node: fx.Node) -> None:
     with node.graph.inserting_before(node):
         moved = node.graph.node_copy(node, lambda n: value.node if n is source else n)
     moved.meta = dict(node.meta)
-    if isinstance(node.meta.get("val"), torch.Tensor):
-        moved.meta["val"] = node.meta["val"].detach().to(value.node.meta["val"].dtype)
+    moved.meta["val"] = _as_codes(node.meta["val"], value.node.meta["val"])
     state.values[node] = QValue(moved, value.scale, value.lo, value.hi, value.zero_point)
+
+
+def _as_codes(val: Any, codes: Any) -> Any:
+    """The shapes of ``val`` (a tensor, or the list a split returns) with the dtype of ``codes``."""
+    dtype = (codes[0] if isinstance(codes, (list, tuple)) else codes).dtype
+    return [v.detach().to(dtype) for v in val] if isinstance(val, (list, tuple)) else val.detach().to(dtype)
 
 
 def _reconnect(state: Lowering) -> None:
@@ -124,5 +125,7 @@ def _islands(state: Lowering, hidden: set[str]) -> tuple[Island, ...]:
         if site_of(node) in hidden or op.name == "int_embedding":
             continue
         reason = state.reasons.get(node) or op.why_float or "it has no integer form"
+        if node in state.values:  # a sum or a function of codes that nobody rounds
+            reason = "no quantizer stands behind it"
         found.append(Island(site_of(node), op.name, reason))
     return tuple(found)

@@ -89,7 +89,7 @@ def requantized(lowering: Lowering, node: fx.Node, value: QValue, grid: Grid) ->
 
 
 def _on_grid(node: fx.Node, grid: Grid) -> QValue:
-    return QValue(node, np.float64(grid.scale).reshape(()), grid.qmin, grid.qmax, grid.zero_point)
+    return QValue(node, np.asarray(grid.scale, dtype=np.float64), grid.qmin, grid.qmax, grid.zero_point)
 
 
 def _shift(terms: tuple[QValue, ...], ratios: list[Array], site: str) -> int:
@@ -233,7 +233,7 @@ def lower_scaled(lowering: Lowering, node: fx.Node) -> QValue:
     """mul(x, number), div(x, number) -> x with another scale: no operation at all"""
     left, right = node.args
     is_div = "div" in str(node.target)
-    if not is_div and not isinstance(lowering.values.get(left), QValue):  # type: ignore[arg-type]
+    if not is_div and not isinstance(left, fx.Node):
         left, right = right, left
     value, factor = lowering.codes(left), lowering.number(right)
     if not (np.isfinite(factor) and factor > 0):
