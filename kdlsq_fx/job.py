@@ -38,6 +38,7 @@ class Settings:
     seed: int = 42
     warmup: float = 0.0
     clip: float = 0.0
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,7 @@ class Recipe:
     steps: int
     warmup: float
     clip: float
+    precision: str
     data: str
     groups: list[dict[str, Any]] = field(default_factory=list)
 
@@ -90,6 +91,7 @@ def fit(
     seed: int = 42,
     warmup: float = 0.0,
     clip: float = 0.0,
+    precision: str = "fp32",
     groups: list[dict[str, Any]] | None = None,
     resume: bool = True,
     save_every: int = 0,
@@ -101,7 +103,8 @@ def fit(
 
     ``epochs`` may be a fraction; ``steps`` overrides it. ``groups`` are AdamW's parameter groups with their own lr
     (``kq.param_groups`` for a qat module; plain ones without it). ``warmup`` is a share of the steps. ``clip`` bounds
-    the norm of the gradient (0: not clipped). A checkpoint is written every ``save_every`` steps and every
+    the norm of the gradient (0: not clipped). ``precision="bf16"`` runs matrix products of the training forward in
+    bfloat16 (autocast; weights, scales and rounding stay float32): about twice as fast on CPUs that have it. A checkpoint is written every ``save_every`` steps and every
     ``save_seconds`` seconds, and at the end. With ``resume`` a run found in ``out_dir`` goes on where it was saved;
     a finished one is only loaded. Sets the global random seed. ``log.tsv`` holds one line a step.
 
@@ -113,9 +116,12 @@ def fit(
     total = steps if steps is not None else math.ceil(epochs * per_epoch)
     if total < 1 or batch_size < 1:
         raise ConfigError(f"{total} steps of {batch_size} rows", do="train for at least one step of one row")
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"precision={precision!r} is unknown", do="use 'fp32' or 'bf16'")
     groups = plain_groups(model, lr=lr) if groups is None else groups
     recipe = Recipe(
-        lr=lr, batch_size=batch_size, seed=seed, steps=total, warmup=warmup, clip=clip, data=data.fingerprint,
+        lr=lr, batch_size=batch_size, seed=seed, steps=total, warmup=warmup, clip=clip, precision=precision,
+        data=data.fingerprint,
         groups=[{k: v for k, v in g.items() if k != "params"} | {"tensors": len(g["params"])} for g in groups],
     )  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=lr, eps=1e-8, fused=True)
@@ -129,7 +135,7 @@ def fit(
             factor = schedule(step, total, warmup)
             for group, rate in zip(optimizer.param_groups, base):
                 group["lr"] = rate * factor
-            loss, parts = _step(model, optimizer, data.batch(rows), clip, step, folder)
+            loss, parts = _step(model, optimizer, data.batch(rows), clip, precision, step, folder)
             state |= {"step": step + 1, "seconds": time.monotonic() - began, "done": step + 1 == total}
             state["recent"] = (state["recent"] + [loss])[-50:]
             log.write(step + 1, loss, lr * factor, state["seconds"], parts)
@@ -159,12 +165,14 @@ def _step(
     optimizer: torch.optim.Optimizer,
     batch: dict[str, torch.Tensor],
     clip: float,
+    precision: str,
     step: int,
     folder: Path,
 ) -> tuple[float, dict[str, float]]:
     """One optimizer step; nothing is changed where the loss is not finite."""
     device = next(model.parameters()).device
-    output = model(**{k: v.to(device) for k, v in batch.items()})
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        output = model(**{k: v.to(device) for k, v in batch.items()})
     loss = float(output.loss.detach())
     if not math.isfinite(loss):
         do = f"lower the learning rate, or start again from the last checkpoint in {folder}"
