@@ -29,7 +29,8 @@ LIMIT = 2**31 - 1  # bytes of one protobuf message
 
 @dataclass(frozen=True)
 class Cut:
-    """One quantizer of a cut file: its codes leave by ``output`` and enter by ``input``; ``offset`` was added."""
+    """One quantizer of a file that shows its codes: they leave by ``output``, plus ``offset``, and where the file is
+    cut they come in again by ``input`` ("" where it is not)."""
 
     site: str
     input: str
@@ -40,7 +41,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written. ``cuts`` is empty unless the file was cut."""
+    """What was written. ``cuts`` is empty unless the file shows its codes."""
 
     path: Path
     target: str
@@ -67,6 +68,7 @@ def export(
     input_names: Sequence[str] = (),
     output_names: Sequence[str] = (),
     metadata: Mapping[str, str] | None = None,
+    shown: bool = False,
     cut: bool = False,
 ) -> ExportReport:
     """Write ``gm`` (stage float or qdq) to ``path``, checked by ``onnx.checker``; the old file stays until then.
@@ -75,6 +77,7 @@ def export(
         target: a name of ``onnx_dialects.DIALECTS``.
         input_names, output_names: names in the file, in the order of the graph's; the graph's own by default.
         metadata: text for the file's ``metadata_props``.
+        shown: let every quantizer's codes be an output too.
         cut: let every quantizer's codes leave the graph and come in again by an input of their own, so that each
             piece between quantizers can be fed codes from elsewhere (see ``ExportReport.cuts``).
 
@@ -87,7 +90,7 @@ def export(
     if stage not in ("float", "qdq"):
         raise ConfigError(f"a {stage} graph has no ONNX form", do="export a float or qdq graph")
     dialect = dialect_of(target)
-    emitter = _Emitter(gm, dialect, cut, Builder(for_onnxruntime=dialect.unsigned))
+    emitter = _Emitter(gm, dialect, shown, cut, Builder(for_onnxruntime=dialect.unsigned))
     emitter.run(list(input_names), list(output_names))
     holds = [container(dialect, *bounds) for bounds in _ranges(gm)]
     model = _model(emitter, opset_for(holds), {"target": target, **(metadata or {})})
@@ -163,6 +166,7 @@ class _Emitter:
 
     gm: fx.GraphModule
     dialect: Dialect
+    shown: bool
     cut: bool
     g: Builder
     env: dict[fx.Node, Any] = field(default_factory=dict)
@@ -273,20 +277,22 @@ class _Emitter:
         holds = container(self.dialect, zero_point, qmin, qmax)
         dtype = getattr(torch, holds.dtype) if holds.dtype else torch.float32
         self.g.describe(codes, dtype, self.g.dims(x))
+        if self.cut or self.shown:
+            codes = self._show(codes, holds, dtype)
         if self.cut:
-            codes = self._cut(codes, holds, dtype)
             grid = Grid(grid.scale, grid.zero_point, axis, codes if holds.dtype else None, grid.offset)
         self.codes[codes] = grid
         return codes
 
-    def _cut(self, codes: ir.Value, holds: Container, dtype: torch.dtype) -> ir.Value:
-        """The codes become an output, and a new input takes their place."""
+    def _show(self, codes: ir.Value, holds: Container, dtype: torch.dtype) -> ir.Value:
+        """The codes become an output; in a cut file a new input takes their place."""
         site, dims = self.g.site, self.g.dims(codes)
         codes.name = self.g.unique(site)
         shape: list[int | str] = [d if isinstance(d, int) else f"{site}/{i}" for i, d in enumerate(dims)]
         self._typed_output(codes, dtype, shape)
-        entry = self._input(self.g.unique(f"{site}/in"), dtype, dims, shape)
-        self.cuts.append(Cut(site, str(entry.name), str(codes.name), holds.offset, holds.dtype or "float32"))
+        entry = self._input(self.g.unique(f"{site}/in"), dtype, dims, shape) if self.cut else codes
+        name = str(entry.name) if self.cut else ""
+        self.cuts.append(Cut(site, name, str(codes.name), holds.offset, holds.dtype or "float32"))
         return entry
 
     def _typed_output(self, value: ir.Value, dtype: torch.dtype, shape: Sequence[int | str]) -> None:
