@@ -32,7 +32,8 @@ class _RowSquares(torch.autograd.Function):
         if keep is not None:
             difference.mul_(keep)
         flat = difference.flatten(1)
-        total = torch.bmm(flat.unsqueeze(1), flat.unsqueeze(2)).flatten()
+        with torch.autocast(flat.device.type, enabled=False):  # a sum of squares keeps its float32
+            total = torch.bmm(flat.unsqueeze(1), flat.unsqueeze(2)).flatten()
         if floor is not None:
             difference.mul_(student > floor)
         ctx.save_for_backward(difference)
