@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .op import is_tensor, op_of, tensor_args
+from .op import is_float, is_tensor, op_of, tensor_args
 
 
 def site_of(node: fx.Node) -> str:
@@ -160,6 +160,13 @@ def mark_plumbing(gm: fx.GraphModule) -> None:
                 a.meta.get("plumbing") for a in node.all_input_nodes
             )
         node.meta["plumbing"] = found
+
+
+def computes_floats(node: fx.Node) -> bool:
+    """True for a float op of an int graph: not a quantize or dequantize, and no mover of data."""
+    op = op_of(node)
+    edge = op is not None and op.name in ("quantize", "dequantize", "int_embedding")  # the last: rows of scales
+    return op is not None and not edge and not moves_data(node) and is_float(node)
 
 
 def text(gm: fx.GraphModule) -> str:

@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from .errors import CaptureError, VerifyError
-from .graph import fetch, root, site_of
+from .graph import computes_floats, fetch, root, site_of
 from .op import op_of
+from .ranges import INT32_MAX
 
 STAGES = ("float", "qat", "qdq", "int")
 
@@ -19,7 +20,7 @@ def verify(gm: fx.GraphModule, *, after_pass: str = "") -> None:
 
     Every stage: each call is a declared op and each site is unique. float: no quantizer. qat: no quantizer reads a
     quantizer. qdq: no module is left; scales are finite and positive; a dequantize undoes the quantize before it with
-    the same scale and zero point. int: see kdlsq_fx/ranges.py for the bounds of accumulators.
+    the same scale and zero point. int: every float op is a listed island; no bound of an accumulator passes 32 bits.
     """
     stage = gm.meta.get("stage")
     if stage not in STAGES:
@@ -93,6 +94,10 @@ def _check_qdq(gm: fx.GraphModule, node: fx.Node, after_pass: str) -> None:
 def _check_int(gm: fx.GraphModule, node: fx.Node, after_pass: str) -> None:
     if node.op == "call_module":
         raise VerifyError("a module is left in an int graph", where=site_of(node), do=f"look at pass {after_pass}")
+    if node.kwargs.get("bound", 0) > INT32_MAX:  # type: ignore[operator]
+        raise VerifyError(f"an accumulator can reach {node.kwargs['bound']}", where=site_of(node), do="see ranges.py")
+    if computes_floats(node) and site_of(node) not in gm.meta["may_be_float"]:
+        raise VerifyError("a float op is no listed island", where=site_of(node), do=f"look at pass {after_pass}")
 
 
 CHECKS: dict[str, Callable[[fx.GraphModule, fx.Node, str], None]] = {

@@ -6,15 +6,13 @@ from typing import Any
 
 from torch import fx
 
-from ..graph import fetch, moves_data, plumbing, site_of
+from ..graph import computes_floats, fetch, moves_data, plumbing, site_of
 from ..lowering import Grid, Island, Lowering, QValue, StaysFloat, array, float64
 from ..op import is_float, op_of, tensor_args
 from ..ops.lower_rules import requantized
 from ..ops.qdq import dequantize, quantize
 from ..pipeline import graph_pass
 from .freeze import drop_unused
-
-EDGES = ("quantize", "dequantize")
 
 
 @graph_pass("qdq->int")
@@ -24,14 +22,15 @@ def lower(gm: fx.GraphModule) -> None:
     Raises LoweringError, with the site and the bound, where a 32-bit accumulator could overflow.
     """
     state = Lowering(gm, frozenset(plumbing(gm.graph)))
-    hidden = {site_of(n) for n in state.hidden if n.op == "call_function"}
+    hidden = frozenset(site_of(n) for n in state.hidden if n.op == "call_function")
     for node in list(gm.graph.nodes):
         if node.op == "call_function":
             _visit(state, node)
     _reconnect(state)
     gm.graph.eliminate_dead_code()
     drop_unused(gm)
-    gm.meta["islands"] = _islands(state, hidden)
+    islands = _islands(state, hidden)
+    gm.meta["islands"], gm.meta["may_be_float"] = islands, hidden | {i.site for i in islands}
 
 
 def _visit(state: Lowering, node: fx.Node) -> None:
@@ -56,7 +55,7 @@ def _visit(state: Lowering, node: fx.Node) -> None:
 def _started(state: Lowering, node: fx.Node) -> QValue:
     """dequantize(codes, scale, zero_point, axis): here integers begin."""
     given: list[Any] = list(node.args)
-    source, scale, zero_point, axis = (*given, *(0, None)[len(given) - 2 :])
+    source, scale, zero_point, axis = given + [0, None][len(given) - 2 :]
     constant = state.constant(source)
     low, high = state.range_of(source)
     real = float64(fetch(state.gm, str(scale.target)))
@@ -116,13 +115,11 @@ def _reconnect(state: Lowering) -> None:
             node.replace_input_with(operand, made[operand])
 
 
-def _islands(state: Lowering, hidden: set[str]) -> tuple[Island, ...]:
+def _islands(state: Lowering, hidden: frozenset[str]) -> tuple[Island, ...]:
     found = []
     for node in state.gm.graph.nodes:
         op = op_of(node)
-        if op is None or op.name in EDGES or moves_data(node) or not is_float(node):
-            continue
-        if site_of(node) in hidden or op.name == "int_embedding":
+        if op is None or not computes_floats(node) or site_of(node) in hidden:
             continue
         reason = state.reasons.get(node) or op.why_float or "it has no integer form"
         if node in state.values:  # a sum or a function of codes that nobody rounds

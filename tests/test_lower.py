@@ -8,14 +8,15 @@ import pytest
 import torch
 from calibrated import CONFIGS, calibrated, converted
 from families import batch
-from torch import nn
+from torch import fx, nn
 
 from kdlsq_fx.api import convert, freeze_qat, prepare_qat
 from kdlsq_fx.calibration import calibrate
 from kdlsq_fx.comparison import compare
-from kdlsq_fx.errors import CalibrationError, LoweringError
+from kdlsq_fx.errors import CalibrationError, LoweringError, VerifyError
 from kdlsq_fx.graph import fetch
 from kdlsq_fx.op import op_of
+from kdlsq_fx.pipeline import graph_pass
 from kdlsq_fx.qconfig import QSpec, Rule
 
 DATA = batch(rows=8, length=13, seed=7)
@@ -152,6 +153,32 @@ def test_convert_before_calibration_is_refused() -> None:
     )
     with pytest.raises(CalibrationError, match="calibrate"):
         convert(qat)
+
+
+def test_the_verifier_refuses_unlisted_floats_and_bounds_beyond_32_bits() -> None:
+    qat, _ = net(weight=QSpec(bits=8), act=QSpec(bits=8))
+
+    @graph_pass("int")
+    def add_a_float_op(gm: fx.GraphModule) -> None:
+        """out -> sqrt(out)"""
+        (out,) = gm.graph.find_nodes(op="output")
+        value = out.args[0][0]  # type: ignore[index]
+        with gm.graph.inserting_before(out):
+            new = gm.graph.call_function(torch.ops.aten.sqrt.default, (value,))
+        new.meta["val"] = value.meta["val"]  # type: ignore[union-attr]
+        out.args = ((new,),)
+
+    @graph_pass("int")
+    def raise_a_bound(gm: fx.GraphModule) -> None:
+        """int_linear(..., bound) -> int_linear(..., 2**31)"""
+        for node in gm.graph.nodes:
+            if "bound" in node.kwargs:
+                node.kwargs = {**node.kwargs, "bound": 2**31}
+
+    with pytest.raises(VerifyError, match="listed island"):
+        convert(qat, passes=[add_a_float_op])
+    with pytest.raises(VerifyError, match="2147483648"):
+        convert(qat, passes=[raise_a_bound])
 
 
 def test_albert_shares_its_codes() -> None:
