@@ -52,8 +52,9 @@ BATCH = {"sst2": 64}
 def recipe(task: str, preset: str, seed: int) -> job.Recipe:
     """How the student of a task is trained at a preset."""
     base = preset.partition("-")[0]
-    settings = job.Settings(epochs=EPOCHS[base][task], lr=LR[base], batch_size=BATCH.get(task, 32), seed=seed,
-                            precision="bf16")
+    settings = job.Settings(
+        epochs=EPOCHS[base][task], lr=LR[base], batch_size=BATCH.get(task, 32), seed=seed, precision="bf16"
+    )
     return job.Recipe(settings=settings)
 
 

@@ -79,6 +79,7 @@ def _train(commands: Any) -> None:
     p.add_argument("--batch-size", type=int, default=32, help="rows of a batch")
     p.add_argument("--max-length", type=int, help="tokens of a row (by task: 64 for sst2 and cola, else 128)")
     p.add_argument("--seed", type=int, default=42, help="of the order of rows, a new head, dropout")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the matrix products in training")
     p.add_argument("--no-teacher", action="store_true", help="train on the labels alone (plain QAT)")
     p.add_argument("--gold", action="store_true", help="add the labels' own loss to the distillation")
     p.add_argument("--target", default="ort-cpu", help="runtime that the ONNX file is for")
@@ -96,7 +97,7 @@ def run_train(args: argparse.Namespace) -> int:
     tokenizer = opening.load_tokenizer(source)
     dataset = data.load(args.data, tokenizer, max_length=args.max_length)
     say(f"{dataset.task.name}: {len(dataset.train)} rows of train, {len(dataset.dev)} of dev")
-    shared = {"batch_size": args.batch_size, "seed": args.seed}
+    shared = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.precision}
     fp32 = job.Settings(epochs=args.fp32_epochs, lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared)
     start = job.start_model(source, dataset, tokenizer, out=args.out, settings=fp32)
     teacher = (

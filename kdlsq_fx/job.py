@@ -101,7 +101,8 @@ def student(
     qat = calibrated(start, dataset, preset, settings)
     loop: torch.nn.Module = qat
     if recipe.teacher:
-        loop = distill(qat, teacher, **({"gold": 1.0} if recipe.gold else {}), **(recipe.distil or {}))
+        weights: dict[str, Any] = {"gold": 1.0 if recipe.gold else 0.0, **(recipe.distil or {})}
+        loop = distill(qat, teacher, **weights)
     groups = param_groups(loop, lr=settings.lr, **(recipe.scales or {}))
     title = f"{preset} {dataset.task.name}"
     done = fit(loop, dataset.train, out_dir=out / preset / "run", groups=groups, title=title, **vars(settings))

@@ -103,10 +103,11 @@ def fit(
 
     ``epochs`` may be a fraction; ``steps`` overrides it. ``groups`` are AdamW's parameter groups with their own lr
     (``kq.param_groups`` for a qat module; plain ones without it). ``warmup`` is a share of the steps. ``clip`` bounds
-    the norm of the gradient (0: not clipped). ``precision="bf16"`` runs matrix products of the training forward in
-    bfloat16 (autocast; weights, scales and rounding stay float32): about twice as fast on CPUs that have it. A checkpoint is written every ``save_every`` steps and every
-    ``save_seconds`` seconds, and at the end. With ``resume`` a run found in ``out_dir`` goes on where it was saved;
-    a finished one is only loaded. Sets the global random seed. ``log.tsv`` holds one line a step.
+    the norm of the gradient (0: not clipped). ``precision="bf16"`` runs the matrix products of training in bfloat16
+    (autocast; parameters and optimizer state stay float32); evaluation is float32 in any case. A checkpoint is written
+    every ``save_every`` steps and every ``save_seconds`` seconds, and at the end. With ``resume`` a run found in
+    ``out_dir`` goes on where it was saved; a finished one is only loaded. Sets the global random seed. ``log.tsv``
+    holds one line a step.
 
     Raises :class:`TrainingError` for a loss that is not finite or a run that had another recipe,
     :class:`Interrupted` after Ctrl-C or SIGTERM.

@@ -18,6 +18,9 @@ import torch
 from tiny_glue import bert, tokenizer, write_sst
 
 from kdlsq_fx import checkpoint, data, train
+from kdlsq_fx.api import prepare_qat
+from kdlsq_fx.calibration import calibrate, param_groups
+from kdlsq_fx.distillation import distill
 from kdlsq_fx.errors import CheckpointError, ConfigError, TrainingError
 from kdlsq_fx.evaluation import evaluate
 
@@ -55,9 +58,11 @@ def test_schedule_rises_then_falls_to_zero() -> None:
     assert [train.schedule(k, 4) for k in range(4)] == [1.0, 0.75, 0.5, 0.25]
 
 
-def test_resume_is_bit_exact_with_dropout(tmp_path: Path, dataset: data.Dataset) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_bit_exact_with_dropout(tmp_path: Path, dataset: data.Dataset, precision: str) -> None:
+    settings = {**SETTINGS, "precision": precision}
     whole = bert()
-    train.fit(whole, dataset.train, out_dir=tmp_path / "whole", **SETTINGS)
+    train.fit(whole, dataset.train, out_dir=tmp_path / "whole", **settings)
 
     class Enough(Exception):
         pass
@@ -67,10 +72,10 @@ def test_resume_is_bit_exact_with_dropout(tmp_path: Path, dataset: data.Dataset)
             raise Enough
 
     with pytest.raises(Enough):
-        train.fit(bert(), dataset.train, out_dir=tmp_path / "cut", save_every=5, on_step=stop_at, **SETTINGS)
+        train.fit(bert(), dataset.train, out_dir=tmp_path / "cut", save_every=5, on_step=stop_at, **settings)
     torch.rand(3), np.random.rand(3)  # whatever happens between the two runs
     resumed = bert()
-    got = train.fit(resumed, dataset.train, out_dir=tmp_path / "cut", save_every=5, **SETTINGS)
+    got = train.fit(resumed, dataset.train, out_dir=tmp_path / "cut", save_every=5, **settings)
     assert got.resumed_at == 15 and same(weights(whole), weights(resumed))
 
     def columns(folder: str) -> list[list[str]]:
@@ -79,7 +84,7 @@ def test_resume_is_bit_exact_with_dropout(tmp_path: Path, dataset: data.Dataset)
 
     assert columns("whole") == columns("cut")
     loaded = bert()  # a finished run is only loaded
-    assert train.fit(loaded, dataset.train, out_dir=tmp_path / "cut", save_every=5, **SETTINGS).resumed_at == 24
+    assert train.fit(loaded, dataset.train, out_dir=tmp_path / "cut", save_every=5, **settings).resumed_at == 24
     assert same(weights(whole), weights(loaded))
 
 
@@ -141,6 +146,32 @@ def test_killed_and_interrupted_runs_end_with_the_same_weights(tmp_path: Path) -
         assert (tmp_path / name / "model" / "model.safetensors").read_bytes() == wanted
 
 
+def test_distillation_resumes_to_the_same_student(tmp_path: Path, dataset: data.Dataset) -> None:
+    def loop() -> Any:
+        qat = prepare_qat(bert(), "W2E2A8")
+        calibrate(qat, dataset.train.sample(2, batch_size=8, seed=7))
+        return distill(qat, bert().eval())
+
+    def run(name: str, on_step: Any = None) -> dict[str, torch.Tensor]:
+        kd = loop()
+        groups = param_groups(kd, lr=1e-3)
+        train.fit(kd, dataset.train, out_dir=tmp_path / name, groups=groups, save_every=4, on_step=on_step, **SETTINGS)
+        return weights(kd.student)
+
+    def stop_at(step: int, model: torch.nn.Module) -> None:
+        if step == 10:
+            raise RuntimeError("cut")
+
+    whole = run("whole")
+    with pytest.raises(RuntimeError, match="cut"):
+        run("cut", stop_at)
+    state = checkpoint.read_run(tmp_path / "cut")
+    assert state is not None and state["step"] == 8
+    resumed = run("cut")
+    assert same(whole, resumed)
+    assert any("lsq" in name for name in resumed) and not any("teacher" in name for name in resumed)
+
+
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path, dataset: data.Dataset) -> None:
     class Broken(torch.nn.Module):
         def __init__(self) -> None:
@@ -164,6 +195,8 @@ def test_other_settings_or_models_do_not_resume(tmp_path: Path, dataset: data.Da
         train.fit(bert(intermediate_size=48), dataset.train, out_dir=tmp_path, **SETTINGS)
     with pytest.raises(ConfigError, match="0 steps"):
         train.fit(bert(), dataset.train, out_dir=tmp_path, **{**SETTINGS, "steps": 0})
+    with pytest.raises(ConfigError, match="'fp16' is unknown"):
+        train.fit(bert(), dataset.train, out_dir=tmp_path, **{**SETTINGS, "precision": "fp16"})
 
 
 def test_damaged_checkpoints(tmp_path: Path, dataset: data.Dataset) -> None:
