@@ -55,7 +55,7 @@ def recipe(task: str, preset: str, seed: int) -> job.Recipe:
     settings = job.Settings(
         epochs=EPOCHS[base][task], lr=LR[base], batch_size=BATCH.get(task, 32), seed=seed, precision="bf16"
     )
-    return job.Recipe(settings=settings)
+    return job.Recipe(settings=settings, dropout=0.0)  # the teacher has none either: its values are the target
 
 
 def main() -> int:

@@ -51,6 +51,7 @@ class Recipe:
     distil: dict[str, Any] | None = None
     teacher: bool = True
     gold: bool = False
+    dropout: float | None = None
 
 
 def start_model(
@@ -99,6 +100,10 @@ def student(
         return from_pretrained(folder), None
     settings = recipe.settings
     qat = calibrated(start, dataset, preset, settings)
+    if recipe.dropout is not None:
+        for module in qat.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = recipe.dropout
     loop: torch.nn.Module = qat
     if recipe.teacher:
         weights: dict[str, Any] = {"gold": 1.0 if recipe.gold else 0.0, **(recipe.distil or {})}
