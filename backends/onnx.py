@@ -92,17 +92,17 @@ def export(
     dialect = dialect_of(target)
     emitter = _Emitter(gm, dialect, shown, cut, Builder(for_onnxruntime=dialect.unsigned))
     emitter.run(list(input_names), list(output_names))
-    holds = [container(dialect, *bounds) for bounds in _ranges(gm)]
-    model = _model(emitter, opset_for(holds), {"target": target, **(metadata or {})})
+    opset = opset_for(emitter.g.nodes, emitter.g.types)
+    model = _model(emitter, opset, {"target": target, **(metadata or {})})
     data = model.SerializeToString()
     file = Path(path)
     _write(file, model, data)
     return ExportReport(
         path=file,
         target=target,
-        opset=opset_for(holds),
+        opset=opset,
         nodes=len(model.graph.node),
-        quantizers=len(holds),
+        quantizers=sum(_name(n) == "quantize" for n in gm.graph.nodes),
         bytes=len(data),
         inputs=tuple(v.name for v in model.graph.input),
         outputs=tuple(v.name for v in model.graph.output),
@@ -120,12 +120,6 @@ def _write(file: Path, model: onnx.ModelProto, data: bytes) -> None:
     if file.is_dir():
         raise CheckpointError(f"cannot write {file}: it is a folder", do="give the name of a file")
     write_atomic(file, lambda name: Path(name).write_bytes(data) and None)
-
-
-def _ranges(gm: fx.GraphModule) -> list[tuple[int, int, int]]:
-    """(zero_point, qmin, qmax) of every quantize node."""
-    nodes = [n for n in gm.graph.nodes if _name(n) == "quantize"]
-    return [tuple(_arguments(n)[2:5]) for n in nodes]
 
 
 def _name(node: fx.Node) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +68,11 @@ def container(dialect: Dialect, zero_point: int, qmin: int, qmax: int) -> Contai
     return Container(None)
 
 
-def opset_for(containers: list[Container]) -> int:
-    """20 has Gelu; 16-bit codes need 21."""
-    return 21 if any(c.dtype in ("int16", "uint16") for c in containers) else 20
+def opset_for(nodes: Iterable[ir.Node], dtypes: Mapping[ir.Value, torch.dtype]) -> int:
+    """20 has Gelu; QuantizeLinear and DequantizeLinear know 16-bit codes from 21 on."""
+    codes = [v for n in nodes if n.op_type.endswith("QuantizeLinear") for v in n.outputs]
+    codes += [v for n in nodes if n.op_type == "DequantizeLinear" for v in n.inputs[:1] if v is not None]
+    return 21 if any(dtypes.get(v) in (torch.int16, torch.uint16) for v in codes) else 20
 
 
 def emit_quantize(
