@@ -38,8 +38,7 @@ from kdlsq_fx.ops.integer import (
 from kdlsq_fx.ops.qdq import container, dequantize, numpy_dequantize, numpy_quantize, quantize
 from kdlsq_fx.ranges import INT32_MAX, demand_int32, dot_bound, gemm_dtype
 
-INT_OPS = ("quantize", "dequantize", "requantize", "int_add", "int_linear", "int_matmul", "int_conv1d")
-INT_OPS += ("int_embedding", "lookup")
+INT_OPS = "quantize dequantize requantize int_add int_linear int_matmul int_conv1d int_embedding lookup".split()
 int32s = st.integers(-(2**31), 2**31 - 1)
 ratios = st.floats(2.0**-40, 2.0**29, allow_nan=False)
 RANGES = [(-128, 127), (-127, 127), (0, 255), (-1, 1), (-2, 1), (-(2**15), 2**15 - 1), (-(2**21), 2**21 - 1)]
@@ -155,7 +154,7 @@ def test_quantize_rounds_the_float32_quotient(xs: list[float], scale: float, end
     want = [rounded(Fraction(float(q)), zero, *ends) for q in quotients]
     codes = quantize(torch.tensor(xs), torch.tensor(scale), zero, *ends)
     assert codes.tolist() == want
-    other = numpy_quantize(np.array(xs, np.float32), np.float32(scale), zero, *ends)
+    other = numpy_quantize(np.array(xs, np.float32), np.array(scale, np.float32), zero, *ends)
     assert other.tolist() == want and str(codes.dtype) == f"torch.{other.dtype}"
     real = dequantize(codes, torch.tensor(scale), zero)
     np.testing.assert_array_equal(real.numpy(), numpy_dequantize(other, np.array(scale, np.float32), zero))
@@ -230,9 +229,10 @@ def test_int_matmul_equals_int64_and_refuses_what_may_overflow() -> None:
     got = int_matmul(torch.from_numpy(a), torch.from_numpy(b), 7, -9, 248, 137)
     np.testing.assert_array_equal(got.numpy(), want)
     np.testing.assert_array_equal(numpy_int_matmul(a, b, 7, -9, 248, 137), want)
-    for run, args in ((int_matmul, (torch.from_numpy(a), torch.from_numpy(b))), (numpy_int_matmul, (a, b))):
-        with pytest.raises(InputError, match="at most 1 *$|at most 1"):
-            run(*args, 0, 0, 2**15, 2**15)
+    with pytest.raises(InputError, match="at most 1"):
+        int_matmul(torch.from_numpy(a), torch.from_numpy(b), 0, 0, 2**15, 2**15)
+    with pytest.raises(InputError, match="at most 1"):
+        numpy_int_matmul(a, b, 0, 0, 2**15, 2**15)
 
 
 @pytest.mark.parametrize(("stride", "padding", "dilation", "groups"), [(1, 0, 1, 1), (2, 3, 2, 1), (1, 1, 1, 6)])

@@ -101,13 +101,14 @@ class Net(nn.Module):
         self.first, self.second = nn.Linear(width, 8), nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(torch.relu(self.first(x)))  # type: ignore[no-any-return]
+        return self.second(torch.relu(self.first(x)))
 
 
-def net(width: int = 64, **specs: QSpec) -> Any:
+def net(weight: QSpec, act: QSpec) -> Any:
     torch.manual_seed(0)
-    x = torch.randn(4, width)
-    qat = prepare_qat(Net(width), [Rule(op="linear", **specs), Rule(op="relu", act=specs["act"])], example=(x,))
+    x = torch.randn(4, 64)
+    rules = [Rule(op="linear", weight=weight, act=act), Rule(op="relu", act=act)]
+    qat = prepare_qat(Net(), rules, example=(x,))
     calibrate(qat, [(x,)])
     return qat.eval(), x
 
@@ -162,10 +163,10 @@ def test_the_verifier_refuses_unlisted_floats_and_bounds_beyond_32_bits() -> Non
     def add_a_float_op(gm: fx.GraphModule) -> None:
         """out -> sqrt(out)"""
         (out,) = gm.graph.find_nodes(op="output")
-        value = out.args[0][0]  # type: ignore[index]
+        value = out.args[0][0]
         with gm.graph.inserting_before(out):
             new = gm.graph.call_function(torch.ops.aten.sqrt.default, (value,))
-        new.meta["val"] = value.meta["val"]  # type: ignore[union-attr]
+        new.meta["val"] = value.meta["val"]
         out.args = ((new,),)
 
     @graph_pass("int")
