@@ -38,7 +38,17 @@ from kdlsq_fx.ops.integer import (
 from kdlsq_fx.ops.qdq import container, dequantize, numpy_dequantize, numpy_quantize, quantize
 from kdlsq_fx.ranges import INT32_MAX, demand_int32, dot_bound, gemm_dtype
 
-INT_OPS = "quantize dequantize requantize int_add int_linear int_matmul int_conv1d int_embedding lookup".split()
+INT_OPS = [
+    "quantize",
+    "dequantize",
+    "requantize",
+    "int_add",
+    "int_linear",
+    "int_matmul",
+    "int_conv1d",
+    "int_embedding",
+    "lookup",
+]
 int32s = st.integers(-(2**31), 2**31 - 1)
 ratios = st.floats(2.0**-40, 2.0**29, allow_nan=False)
 RANGES = [(-128, 127), (-127, 127), (0, 255), (-1, 1), (-2, 1), (-(2**15), 2**15 - 1), (-(2**21), 2**21 - 1)]
