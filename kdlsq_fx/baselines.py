@@ -56,11 +56,11 @@ class Ema(MinMax):
 
     @torch.no_grad()
     def _set_from(self, summary: Summary) -> None:
+        if self.role == "act":
+            self.batches.fill_(self.observed.batches)
         if self.role == "act" and not self.spec.init:
-            seen = self.observed
-            peak = summary.high.new_full((1,), seen.peak_sum / seen.batches)
+            peak = summary.high.new_full((1,), self.observed.peak_sum / self.observed.batches)
             summary = Summary(summary.values, summary.mean_abs, -peak, peak)
-            self.batches.fill_(seen.batches)
         super()._set_from(summary)
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ class Ema(MinMax):
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
         self.batches += 1
-        share = (1 / (self.batches + 1)).clamp(min=1 - DECAY).to(self.raw.dtype)
+        share = (1 / self.batches).clamp(min=1 - DECAY).to(self.raw.dtype)
         peak = x.abs().max() / self.qmax
         self.raw.copy_(torch.where(torch.isfinite(peak), self.raw + (peak - self.raw) * share, self.raw))
 

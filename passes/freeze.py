@@ -24,6 +24,9 @@ def freeze(gm: fx.GraphModule) -> None:
     scale, and for a weight or scale that is not finite.
     """
     names: dict[str, str] = {}
+    for node in gm.graph.nodes:
+        if (op := op_of(node)) is not None and op.name == "lsq":
+            _refresh(gm, node)
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target is bias_grid:
             _freeze_bias(gm, node, names)
@@ -32,6 +35,13 @@ def freeze(gm: fx.GraphModule) -> None:
             _freeze_quantizer(gm, node, names)
     gm.graph.eliminate_dead_code()
     drop_unused(gm)
+
+
+def _refresh(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Scales that baselines recompute from a weight: an optimizer may have moved it since the last forward."""
+    weight = _parameter(gm, node.args[0])
+    if isinstance(weight, nn.Parameter):
+        fetch(gm, str(node.target)).refresh(weight.detach())
 
 
 def _freeze_quantizer(gm: fx.GraphModule, node: fx.Node, names: dict[str, str]) -> None:
