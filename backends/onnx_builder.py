@@ -33,27 +33,22 @@ class Grid:
 
 
 class Builder:
-    """Values, nodes and constants of one ONNX graph, and what is known of each value (dtype, dimensions, grid).
+    """Values, nodes and constants of one ONNX graph, and what is known of each value (dtype, dimensions).
 
     ``site`` and ``dtype`` are those of the fx node being written; ops read ``dtype`` to promote their operands.
     Dimensions are ints, or names of sizes that differ from call to call; equal names mean equal sizes.
     """
 
-    def __init__(self, *, for_onnxruntime: bool = False) -> None:
+    def __init__(self) -> None:
         self.site = ""
         self.dtype = torch.float32
-        self.for_onnxruntime = for_onnxruntime
-        self.shared_with_quantizer = False  # a quantizer and another op read the node being written
-        self.clamped_next = False  # a Relu alone reads it
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
-        self.grids: dict[ir.Value, Grid] = {}  # of values that are dequantized codes
         self.types: dict[ir.Value, torch.dtype] = {}
         self._dims: dict[ir.Value, Dims] = {}
         self._vectors: dict[ir.Value, ir.Value] = {}
         self._sizes: dict[tuple[ir.Value, int], ir.Value] = {}
         self._small: dict[tuple[Any, ...], ir.Value] = {}
-        self._transposed: dict[ir.Value, ir.Value] = {}
         self._names: set[str] = set()
 
     def __getattr__(self, kind: str) -> Callable[..., Any]:
@@ -214,99 +209,3 @@ class Builder:
 
     def clip(self, x: ir.Value, low: Any = None, high: Any = None) -> Any:
         return self.Clip(self.typed(x), *(None if v is None else self.typed(v) for v in (low, high)))
-
-    # constants on a grid
-
-    def dequantize(self, codes: ir.Value, grid: Grid) -> ir.Value:
-        """DequantizeLinear; int32 constants (biases) become floats at once, runtimes want them so."""
-        array = codes.const_value.numpy() if codes.const_value is not None else None
-        if array is not None and array.dtype == np.int32:
-            value = self.constant(_real(array, grid), f"{codes.name}/real")
-        else:
-            zero = np.full(grid.scale.shape, grid.zero_point, self.numpy_dtype(self.types[codes]))
-            axis = {} if grid.axis is None else {"axis": grid.axis}
-            value = self.DequantizeLinear(codes, self.constant(grid.scale), self.constant(zero), **axis)
-        self.describe(value, torch.float32, self._dims[codes])
-        self.grids[value] = Grid(grid.scale, grid.zero_point, grid.axis, codes, grid.offset)
-        return value
-
-    def transposed(self, w: ir.Value) -> ir.Value:
-        """A weight [out, in] as [in, out]: stored so, unless other ops read the constant as it is."""
-        if w in self._transposed:
-            return self._transposed[w]
-        grid = self.grids.get(w)
-        source = grid.codes if grid is not None and grid.codes is not None else w
-        others = [u for u in source.uses() if u.node.op_type != "DequantizeLinear"]
-        if source.const_value is None or others:
-            turned = self.Transpose(source, perm=[1, 0])
-            self.describe(turned, self.types[source], self._dims[source][::-1])
-        else:
-            turned = self.constant(source.const_value.numpy().T, f"{source.name}/transposed")
-        if grid is not None and source is not w:
-            axis = None if grid.axis is None else 1 - grid.axis
-            turned = self.dequantize(turned, Grid(grid.scale, grid.zero_point, axis, None, grid.offset))
-        self._transposed[w] = turned
-        return turned
-
-    def dense(self, x: ir.Value, w: ir.Value, bias: ir.Value | None) -> Any:
-        """``x @ w.T + bias`` as MatMul and Add, in the form that ONNX Runtime turns into an int8 kernel.
-
-        What was seen of it: where the rank is 2 or all sizes are known, MatMul + Add becomes Gemm first, and that runs
-        in int8 only with a bias of int32 codes and no Relu behind it. A bias of more than two dimensions and a
-        subtraction are left alone. A product that QuantizeLinear and another op read stays float; one whose bias they
-        read does not, so a missing bias is then written as zeros.
-        """
-        product = self.MatMul(x, self.transposed(w))
-        grids = self.grids.get(x), self.grids.get(w)
-        if bias is None and None not in grids and self.shared_with_quantizer:
-            bias = self.constant(np.zeros(self._dims[w][0], np.float32))
-        if bias is None:
-            return product
-        static = all(isinstance(d, int) for d in self._dims[x])
-        real = None if bias.const_value is None else bias.const_value.numpy()
-        if None in grids or not self.for_onnxruntime or real is None or not (static or self.rank(x) == 2):
-            return self.Add(product, bias)
-        if self.rank(x) > 2:
-            return self.Add(product, self.constant(real.reshape(*[1] * (self.rank(x) - 1), -1)))
-        if self.clamped_next:
-            return self.Sub(product, self.constant(-real))
-        return self.Add(product, self._bias_codes(x, w, bias))
-
-    def _bias_codes(self, x: ir.Value, w: ir.Value, bias: ir.Value) -> ir.Value:
-        """The float bias as int32 codes and DequantizeLinear, where it lies on the grid of both operands."""
-        gx, gw = self.grids.get(x), self.grids.get(w)
-        if gx is None or gw is None or gx.axis is not None or bias.const_value is None:
-            return bias
-        real = bias.const_value.numpy()
-        scale = np.asarray(gx.scale * gw.scale, np.float32)
-        codes = np.rint(real.astype(np.float64) / scale)
-        if np.abs(codes).max(initial=0) >= 2**31 or not np.allclose(codes * scale, real, rtol=1e-6, atol=1e-12):
-            return bias
-        axis: dict[str, int] = {"axis": 0} if scale.ndim else {}
-        stored = self.constant(codes.astype(np.int32), f"{bias.name}/codes")
-        return self.DequantizeLinear(
-            stored, self.constant(scale), self.constant(np.zeros(scale.shape, np.int32)), **axis
-        )
-
-    def rows(self, table: ir.Value, ids: ir.Value) -> Any:
-        """Rows of a table; of a dequantized one the codes are gathered, then dequantized."""
-        grid = self.grids.get(table)
-        if grid is None or grid.codes is None:
-            return self.Gather(table, ids, axis=0)
-        codes = self.Gather(grid.codes, ids, axis=0)
-        self.describe(codes, self.types[grid.codes], [*self._dims[ids], *self._dims[grid.codes][1:]])
-        if grid.axis is None:
-            return self.dequantize(codes, grid)
-        if grid.axis != 0:
-            return self.Gather(table, ids, axis=0)
-        scales = self.Unsqueeze(self.Gather(self.constant(grid.scale), ids, axis=0), self.vector([-1]))
-        shifted = self.Sub(self.cast(codes, torch.float32), self.constant(np.float32(grid.zero_point)))
-        return self.Mul(shifted, scales)
-
-
-def _real(codes: NDArray[Any], grid: Grid) -> NDArray[Any]:
-    shape = [1] * codes.ndim
-    if grid.axis is not None:
-        shape[grid.axis] = -1
-    scale = grid.scale if grid.axis is None else grid.scale.reshape(shape)
-    return (codes.astype(np.float32) - np.float32(grid.zero_point)) * scale.astype(np.float32)

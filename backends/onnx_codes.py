@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import fx
 
 from ..errors import ConfigError
-from .onnx import Cut, export
+from .onnx import export
+from .onnx_emitter import Cut
 from .onnx_runtime import OnnxModel
 
 Array = NDArray[Any]

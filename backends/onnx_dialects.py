@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
-from .onnx_builder import Builder, Grid
+from .onnx_builder import Grid
+from .onnx_grids import GridBuilder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ def opset_for(nodes: Iterable[ir.Node], dtypes: Mapping[ir.Value, torch.dtype]) 
 
 
 def emit_quantize(
-    g: Builder,
+    g: GridBuilder,
     dialect: Dialect,
     x: ir.Value,
     scale: NDArray[Any],
@@ -108,7 +109,7 @@ def emit_quantize(
     return codes, Grid(scale, zero_point + holds.offset, axis, codes, holds.offset)
 
 
-def _along(g: Builder, x: ir.Value, values: NDArray[Any], axis: int | None) -> ir.Value:
+def _along(g: GridBuilder, x: ir.Value, values: NDArray[Any], axis: int | None) -> ir.Value:
     """A constant that runs along ``axis`` of ``x``."""
     if axis is None or values.ndim == 0:
         return g.constant(values)
@@ -117,7 +118,7 @@ def _along(g: Builder, x: ir.Value, values: NDArray[Any], axis: int | None) -> i
     return g.constant(values.reshape(shape))
 
 
-def _clipped(g: Builder, x: ir.Value, scale: NDArray[Any], low: int, high: int, axis: int | None) -> ir.Value:
+def _clipped(g: GridBuilder, x: ir.Value, scale: NDArray[Any], low: int, high: int, axis: int | None) -> ir.Value:
     bounds = [np.asarray(np.float32(v) * scale, np.float32) for v in (low, high)]
     if scale.ndim == 0:
         return g.Clip(x, *map(g.constant, bounds))
@@ -129,7 +130,7 @@ def _clipped(g: Builder, x: ir.Value, scale: NDArray[Any], low: int, high: int, 
 
 
 def _quantize_in_floats(
-    g: Builder, x: ir.Value, scale: NDArray[Any], zero_point: int, qmin: int, qmax: int, axis: int | None
+    g: GridBuilder, x: ir.Value, scale: NDArray[Any], zero_point: int, qmin: int, qmax: int, axis: int | None
 ) -> tuple[ir.Value, Grid]:
     """Codes of 17 to 32 bits stay floats that hold integers (ONNX Round is half to even); exact below 2**24."""
     codes = g.Round(g.Div(x, _along(g, x, scale, axis)))
@@ -139,7 +140,7 @@ def _quantize_in_floats(
     return codes, Grid(scale, zero_point, axis)
 
 
-def emit_dequantize(g: Builder, codes: ir.Value, grid: Grid) -> ir.Value:
+def emit_dequantize(g: GridBuilder, codes: ir.Value, grid: Grid) -> ir.Value:
     """``(codes - zero_point) * scale``."""
     if grid.codes is not None or codes.const_value is not None:
         return g.dequantize(codes, grid)

@@ -15,14 +15,14 @@ from families import FAMILIES, batch, for_model, tiny
 from kdlsq_fx.backends.onnx import export, metadata_of
 from kdlsq_fx.backends.onnx_codes import OnnxCodes
 from kdlsq_fx.backends.onnx_runtime import OnnxModel, kernel_report, run_onnx
-from torch import fx, nn
+from sketch import Sketch, Values
+from torch import fx
 
-import kdlsq_fx as kq
-from kdlsq_fx.api import freeze_qat, prepare_qat
+from kdlsq_fx.api import export_onnx, freeze_qat, prepare_qat
+from kdlsq_fx.calibration import calibrate
 from kdlsq_fx.capture import capture
 from kdlsq_fx.comparison import compare, in_float64
 from kdlsq_fx.errors import CheckpointError, ConfigError, InputError, LoweringError
-from kdlsq_fx.op import op_of
 from kdlsq_fx.ops.qdq import dequantize, quantize
 
 torch.set_num_threads(1)
@@ -31,61 +31,10 @@ aten = torch.ops.aten
 TIE = 2e-4  # in steps: the rounding error of a float32 sum of some hundred 8-bit products
 
 
-class Sketch:
-    """Writes a small qdq graph by hand; values and sites are filled in by running it."""
-
-    def __init__(self, **inputs: torch.Tensor) -> None:
-        self.root, self.graph, self.inputs = nn.Module(), fx.Graph(), inputs
-        self.nodes = {k: self.graph.placeholder(k) for k in inputs}
-
-    def const(self, name: str, value: torch.Tensor) -> fx.Node:
-        self.root.register_buffer(name, value)
-        return self.graph.get_attr(name)
-
-    def call(self, target: Any, *args: Any) -> fx.Node:
-        return self.graph.call_function(target, args)
-
-    def act(self, x: fx.Node, name: str, scale: float, zero_point: int, low: int, high: int) -> fx.Node:
-        s = self.const(f"{name}_scale", torch.tensor(scale))
-        return self.call(dequantize, self.call(quantize, x, s, zero_point, low, high, None), s, zero_point, None)
-
-    def weight(self, name: str, codes: torch.Tensor, scale: torch.Tensor) -> fx.Node:
-        s = self.const(f"{name}_scale", scale)
-        return self.call(dequantize, self.const(name, codes), s, 0, 0 if scale.ndim else None)
-
-    def done(self, *results: fx.Node, stage: str = "qdq") -> fx.GraphModule:
-        self.graph.output(results)
-        gm = fx.GraphModule(self.root, self.graph)
-        gm.meta["stage"] = stage
-        values = _Values(gm)
-        values.run(*self.inputs.values())
-        for i, node in enumerate(gm.graph.nodes):
-            node.meta["val"] = values.seen.get(node)
-            if node.op == "call_function":
-                node.meta["site"] = f"net.part{i}/{op_of(node).name}"  # type: ignore[union-attr]
-        return gm
-
-
-class _Values(fx.Interpreter):
-    """Keeps the value of every node, and x / scale of every quantizer."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm, garbage_collect_values=False)
-        self.seen: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.seen[n] = super().run_node(n)
-        return self.seen[n]
-
-    def steps(self) -> dict[str, np.ndarray]:
-        found = {n: v for n, v in self.seen.items() if n.target is quantize}
-        return {n.meta["site"]: (self.seen[n.args[0]] / self.seen[n.args[1]]).numpy() for n in found}  # type: ignore[index]
-
-
 def near_ties_only(gm: fx.GraphModule, feed: dict[str, torch.Tensor], optimize: bool, target: str = "ort-cpu") -> None:
     """Each site fed the same codes: at most one step apart, and only where x / scale is halfway between two codes."""
     exact = in_float64(gm)
-    values = _Values(exact)
+    values = Values(exact)
     doubles = {k: v.double() if v.is_floating_point() else v for k, v in feed.items()}
     with torch.no_grad():
         values.run(*doubles.values())
@@ -188,7 +137,7 @@ def prepared(family: str, preset: str, head: str = "ForSequenceClassification") 
             if p.dim() > 1:
                 p.mul_(3)  # tiny random models hardly react to their inputs
     qat = prepare_qat(model, preset)
-    kq.calibrate(qat, [for_model(model, batch(8, 13, seed=i)) for i in range(3)])
+    calibrate(qat, [for_model(model, batch(8, 13, seed=i)) for i in range(3)])
     return qat.eval(), model
 
 
@@ -257,7 +206,7 @@ def test_compare_sees_a_wrong_scale() -> None:
 def test_every_quantized_product_runs_in_int8(family: str, tmp_path: Path) -> None:
     """The classifier is float by the paper's placement; QK and PV of every layer are int8 like the dense layers."""
     qat, _ = prepared(family, "W8E8A8")
-    kq.export_onnx(qat, tmp_path / "q.onnx")
+    export_onnx(qat, tmp_path / "q.onnx")
     report = kernel_report(tmp_path / "q.onnx")
     floats = [s for s, k in report.sites.items() if k in ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "?")]
     assert len(floats) == 1 and "classifier" in floats[0], report
@@ -269,7 +218,7 @@ def test_the_file(tmp_path: Path) -> None:
     """Names, dynamic sizes, metadata, and the trained scales: as many quantizers as the graph has, at its scales."""
     qat, model = prepared("bert", "W4E4A8")
     qdq = freeze_qat(qat)
-    report = kq.export_onnx(qat, tmp_path / "q.onnx")
+    report = export_onnx(qat, tmp_path / "q.onnx")
     graph = onnx.load(str(tmp_path / "q.onnx")).graph
     assert [i.name for i in graph.input] == ["input_ids", "attention_mask", "token_type_ids"]
     dims = [[d.dim_param for d in i.type.tensor_type.shape.dim] for i in graph.input]
@@ -285,7 +234,7 @@ def test_the_file(tmp_path: Path) -> None:
     stored = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
     written = [n for n in graph.node if n.op_type == "QuantizeLinear"]
     assert len(written) == len(trained) == report.quantizers
-    scales = sorted(float(qdq.gm.get_buffer(str(n.args[1].target))) for n in trained)  # type: ignore[union-attr]
+    scales = sorted(float(qdq.gm.get_buffer(str(n.args[1].target))) for n in trained)
     assert scales == sorted(float(stored[n.input[1]]) for n in written)
     assert str(report).startswith(str(tmp_path))
 
@@ -293,10 +242,10 @@ def test_the_file(tmp_path: Path) -> None:
 def test_shared_parameters_are_stored_once(tmp_path: Path) -> None:
     """ALBERT's layers are one module; a masked-LM decoder is the embedding table."""
     qat, model = prepared("albert", "W8E8A8")
-    one = kq.export_onnx(qat, tmp_path / "albert.onnx").bytes
+    one = export_onnx(qat, tmp_path / "albert.onnx").bytes
     assert one < 1.5 * sum(p.numel() for p in model.parameters()) + 200_000
     qat, model = prepared("bert", "W8E8A8", "ForMaskedLM")
-    kq.export_onnx(qat, tmp_path / "mlm.onnx")
+    export_onnx(qat, tmp_path / "mlm.onnx")
     stored = onnx.load(str(tmp_path / "mlm.onnx")).graph.initializer
     assert sum(1 for i in stored if sorted(i.dims) == [32, 99]) == 1
     data = for_model(model, batch())
