@@ -58,7 +58,8 @@ def _unknown(name: object, suffixes: list[str]) -> ConfigError:
 
 def _choose(name: str, w: int, e: int, a: int, *, quantizer: str) -> _Choice:
     if quantizer != "twn":
-        return _Choice(*(QSpec(bits=b, quantizer=quantizer) for b in (w, e, a)), quantizer)
+        weight, table, act = (QSpec(bits=b, quantizer=quantizer) for b in (w, e, a))
+        return _Choice(weight, table, act, quantizer)
     if 2 not in (w, e):
         raise ConfigError(f"preset {name!r}: twn is ternary, yet neither W nor E is 2", do="use W2E2A8-twn or -ema")
     weight = QSpec(bits=w, quantizer="twn" if w == 2 else "ema")
@@ -66,8 +67,10 @@ def _choose(name: str, w: int, e: int, a: int, *, quantizer: str) -> _Choice:
     return _Choice(weight, table, QSpec(bits=a, quantizer="ema"), quantizer)
 
 
-def _rule(site: str, op: str, why: str, **specs: QSpec | None) -> Rule:
-    return Rule(site=site, op=op, why=why, optional=True, **specs)
+def _rule(
+    site: str, op: str, why: str, *, weight: QSpec | None = None, act: QSpec | None = None, wide: QSpec | None = None
+) -> Rule:
+    return Rule(site=site, op=op, why=why, optional=True, weight=weight, act=act, wide=wide)
 
 
 def _tables(choice: _Choice, *, all_tables: bool) -> list[Rule]:

@@ -284,7 +284,7 @@ def resolve(qconfig: str | Path | QConfig | Rule | Sequence[Rule]) -> QConfig:
         return QConfig.from_json(text)
     if isinstance(qconfig, str):
         return preset(qconfig)
-    if isinstance(qconfig, Sequence):
+    if isinstance(qconfig, (tuple, list)):
         return QConfig(rules=tuple(qconfig), name="rules")
     raise ConfigError(
         f"{qconfig!r:.80} is no qconfig", do="give a preset's name, a tuple of Rules, a QConfig or a path"
