@@ -80,7 +80,7 @@ def export(
     model = _model(emitter, opset, {"target": target, **(metadata or {})})
     data = model.SerializeToString()
     file = Path(path)
-    _write(file, model, data)
+    _write(file, data)
     return ExportReport(
         path=file,
         target=target,
@@ -94,12 +94,12 @@ def export(
     )
 
 
-def _write(file: Path, model: onnx.ModelProto, data: bytes) -> None:
+def _write(file: Path, data: bytes) -> None:
     if len(data) > LIMIT:
         raise CheckpointError(
             f"{file} would take {len(data)} bytes, an ONNX file holds {LIMIT}", do="quantize more of it"
         )
-    onnx.checker.check_model(model, full_check=True)
+    onnx.checker.check_model(data, full_check=True)
     make_folder(file.parent)
     if file.is_dir():
         raise CheckpointError(f"cannot write {file}: it is a folder", do="give the name of a file")

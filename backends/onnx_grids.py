@@ -31,7 +31,10 @@ class GridBuilder(Builder):
         else:
             zero = np.full(grid.scale.shape, grid.zero_point, self.numpy_dtype(self.types[codes]))
             axis = {} if grid.axis is None else {"axis": grid.axis}
-            value = self.DequantizeLinear(codes, self.constant(grid.scale), self.constant(zero), **axis)
+            # A weight has a zero point of its own: ONNX Runtime fails when it turns two weights that share one into
+            # uint8, as it does on request for CPUs that saturate.
+            own = f"{codes.name}/zero_point" if array is not None else ""
+            value = self.DequantizeLinear(codes, self.constant(grid.scale), self.constant(zero, own), **axis)
         self.describe(value, torch.float32, self._dims[codes])
         self.grids[value] = Grid(grid.scale, grid.zero_point, grid.axis, codes, grid.offset)
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import tempfile
 from collections import Counter
@@ -47,6 +48,8 @@ class OnnxModel:
         options.log_severity_level = 3
         if save_optimized:
             options.optimized_model_filepath = save_optimized
+        if optimize and int8_saturates():
+            options.add_session_config_entry("session.x64quantprecision", "1")  # uint8 weights: slower, never wrong
         try:
             self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as err:  # the runtime's own exceptions share no base class
@@ -71,6 +74,24 @@ def run_onnx(path: str | Path, batch: Mapping[str, Any], optimize: bool = True) 
     return OnnxModel(path, optimize=optimize)(batch)
 
 
+@functools.cache
+def int8_saturates() -> bool:
+    """True where uint8 x int8 products of this CPU and ONNX Runtime lose large sums (AVX2, AVX-512 without VNNI).
+
+    Pairs of products are added in 16 bits there: 2 * 255 * 127 does not fit. Weights of 7 bits and fewer always do.
+    """
+    import onnxruntime as ort
+
+    a, b = np.full((4, 64), 255, np.uint8), np.full((64, 32), 127, np.int8)
+    node = onnx.helper.make_node("MatMulInteger", ["a", "b"], ["y"])
+    entry = onnx.helper.make_tensor_value_info("a", onnx.TensorProto.UINT8, [4, 64])
+    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT32, [4, 32])
+    graph = onnx.helper.make_graph([node], "probe", [entry], [result], [onnx.numpy_helper.from_array(b, "b")])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return not bool((session.run(None, {"a": a})[0] == 255 * 127 * 64).all())
+
+
 @dataclass(frozen=True)
 class KernelReport:
     """What ONNX Runtime runs. ``kernels``: op type -> count in the optimized model; ``sites``: site of each matrix
@@ -90,6 +111,11 @@ class KernelReport:
     def __str__(self) -> str:
         stay = [s for s, k in self.sites.items() if k in FLOAT_KERNELS]
         text = f"{self.integer} matrix products in int8 kernels, {self.floating} in fp32"
+        if self.integer and int8_saturates():
+            text += (
+                "\n  this CPU's int8 kernels saturate at 16 bits: use 7-bit weights, "
+                "or the session option session.x64quantprecision=1"
+            )
         return text + "".join(f"\n  fp32: {s}" for s in stay)
 
 

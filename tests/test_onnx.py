@@ -14,7 +14,7 @@ import torch
 from families import FAMILIES, batch, for_model, tiny
 from kdlsq_fx.backends.onnx import export, metadata_of
 from kdlsq_fx.backends.onnx_codes import OnnxCodes
-from kdlsq_fx.backends.onnx_runtime import OnnxModel, kernel_report, run_onnx
+from kdlsq_fx.backends.onnx_runtime import OnnxModel, int8_saturates, kernel_report, run_onnx
 from sketch import Sketch, Values
 from torch import fx
 
@@ -211,7 +211,8 @@ def test_every_quantized_product_runs_in_int8(family: str, tmp_path: Path) -> No
     floats = [s for s, k in report.sites.items() if k in ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "?")]
     assert len(floats) == 1 and "classifier" in floats[0], report
     assert report.integer >= 12 and report.floating == 1
-    assert "int8" in str(report)
+    assert "in int8 kernels" in str(report)
+    assert ("saturate" in str(report)) == int8_saturates()
 
 
 def test_the_file(tmp_path: Path) -> None:
