@@ -132,11 +132,16 @@ Operands = tuple[fx.Node, ...]
 
 
 def _ports_agree(a: Operands, b: Operands, pairs: dict[fx.Node, fx.Node], taken: set[fx.Node]) -> bool:
-    return len(a) == len(b) and all(pairs.get(x) is y if x in pairs else y not in taken for x, y in zip(a, b))
+    return _alike(a, b) and all(pairs.get(x) is y if x in pairs else y not in taken for x, y in zip(a, b))
 
 
 def _a_port_agrees(a: Operands, b: Operands, pairs: dict[fx.Node, fx.Node], taken: set[fx.Node]) -> bool:
-    return len(a) == len(b) and any(pairs.get(x) is y for x, y in zip(a, b))
+    return _alike(a, b) and any(pairs.get(x) is y for x, y in zip(a, b))
+
+
+def _alike(a: Operands, b: Operands) -> bool:
+    """As many ports, and the same ports share an operand: ``x * x`` is not ``x * y``."""
+    return [a.index(x) for x in a] == [b.index(y) for y in b]
 
 
 def _by_isomorphism(ours: View, theirs: View, pairs: dict[fx.Node, fx.Node]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -18,6 +19,11 @@ torch.set_num_threads(1)
 
 def graph(model: nn.Module, example: Any = None) -> torch.fx.GraphModule:
     return capture(model, example).gm
+
+
+@cache
+def small(family: str = "bert", head: str = "ForSequenceClassification", **changes: Any) -> torch.fx.GraphModule:
+    return graph(tiny(family, head, **changes))
 
 
 class Renamed(nn.Module):
@@ -50,12 +56,12 @@ def sites(match: Match) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.parametrize("name", ["W4E4A8", "W4E4A8-int"])
-def test_a_student_matches_its_own_float_model_whole(family: str, name: str) -> None:
-    model = tiny(family)
-    match = match_graphs(kq.prepare_qat(model, name), graph(model))
-    assert match.student_only == match.teacher_only == ()
-    assert all(p.how == "path" and p.student == p.teacher for p in match.pairs)
+def test_a_student_matches_its_own_float_model_whole(family: str) -> None:
+    teacher = graph(tiny(family))
+    for name in ("W4E4A8", "W4E4A8-int"):
+        match = match_graphs(kq.prepare_qat(teacher, name), teacher)
+        assert match.student_only == match.teacher_only == ()
+        assert all(p.how == "path" and p.student == p.teacher for p in match.pairs)
 
 
 def test_a_frozen_student_matches_too() -> None:
@@ -70,11 +76,11 @@ def test_a_frozen_student_matches_too() -> None:
 
 
 def test_a_common_prefix_may_differ() -> None:
-    match = match_graphs(graph(tiny("bert")), graph(tiny("bert", "Model")))
+    match = match_graphs(small("bert"), small("bert", "Model"))
     assert match.prefix == ("bert.", "") and match.teacher_only == ()
     assert match.partner("bert.encoder.layer.1.attention.self/softmax") == "encoder.layer.1.attention.self/softmax"
     assert set(match.student_only) == {"classifier.weight", "classifier.bias", "classifier/linear"}
-    back = match_graphs(graph(tiny("bert", "Model")), graph(tiny("bert")))
+    back = match_graphs(small("bert", "Model"), small("bert"))
     assert back.student_only == () and {p.teacher: p.student for p in back.pairs} == sites(match)
 
 
@@ -102,7 +108,7 @@ def test_a_square_is_no_product_of_two() -> None:
 
 
 def test_blocks_of_another_family_match_by_structure() -> None:
-    match = match_graphs(graph(tiny("bert")), graph(tiny("distilbert")))
+    match = match_graphs(small("bert"), small("distilbert"))
     pairs = sites(match)
     for i in (0, 1):
         ours, theirs = f"bert.encoder.layer.{i}", f"distilbert.transformer.layer.{i}"
@@ -113,14 +119,14 @@ def test_blocks_of_another_family_match_by_structure() -> None:
 
 def test_what_feeds_a_block_may_differ() -> None:
     """ELECTRA projects its embeddings: queries read another value, yet they are queries."""
-    pairs = sites(match_graphs(graph(tiny("bert")), graph(tiny("electra"))))
+    pairs = sites(match_graphs(small("bert"), small("electra")))
     for name in ("query", "key", "value"):
         site = f"encoder.layer.0.attention.self.{name}/linear"
         assert pairs[f"bert.{site}"] == f"electra.{site}"
 
 
 def test_a_deeper_teacher_leaves_its_layers_unmatched() -> None:
-    match = match_graphs(graph(tiny("bert")), graph(tiny("bert", num_hidden_layers=3)))
+    match = match_graphs(small("bert"), small("bert", num_hidden_layers=3))
     assert match.teacher_only and all(".layer.2." in s or "pooler" in s for s in match.teacher_only)
     assert "unmatched in the teacher: " in match.report() and match.partner("nothing") is None
     assert len({p.teacher for p in match.pairs}) == len({p.student for p in match.pairs}) == len(match.pairs)
