@@ -103,7 +103,7 @@ def _write(file: Path, data: bytes) -> None:
     make_folder(file.parent)
     if file.is_dir():
         raise CheckpointError(f"cannot write {file}: it is a folder", do="give the name of a file")
-    write_atomic(file, lambda name: Path(name).write_bytes(data) and None)
+    write_atomic(file, lambda name: Path(name).write_bytes(data))
 
 
 def _model(emitter: Emitter, opset: int, metadata: Mapping[str, str]) -> onnx.ModelProto:

@@ -124,6 +124,8 @@ class Emitter:
         self.env[node] = result
 
     def _plain(self, node: fx.Node, op: Op) -> Any:
+        if op.onnx is None:
+            raise ConfigError(f"op {op.name} has no ONNX form", where=site_of(node), do="declare its onnx= meaning")
         args = fx.node.map_arg(node.args, self.env.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, self.env.__getitem__)
         grid = self.g.grids.get(args[0]) if args and isinstance(args[0], ir.Value) else None
@@ -136,7 +138,8 @@ class Emitter:
 
     def _move_codes(self, node: fx.Node, op: Op, args: Any, kwargs: Any, grid: Grid, codes: ir.Value) -> Any:
         """A data mover moves the codes, and its result is dequantized: a quarter of the bytes, the same values."""
-        moved = op.onnx(self.g, codes, *args[1:], **kwargs)
+        emit: Any = op.onnx
+        moved = emit(self.g, codes, *args[1:], **kwargs)
         if moved is codes:
             return args[0]
         self._describe(moved, node.meta.get("val"), self.g.types[codes])

@@ -117,11 +117,12 @@ def report(rows: dict[int, list[dict[str, float]]], args: argparse.Namespace) ->
     lines = [
         "# Compile time on BERT-base",
         "",
-        f"Written by `benchmarks/compile_time.py`: preset {args.preset}, hidden 768, random weights (seed 0), median of",
-        f"{args.repeat} processes per size. {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()},",
+        f"Written by `benchmarks/compile_time.py`: preset {args.preset}, hidden 768, random weights (seed 0),",
+        f"median of {args.repeat} processes per size. {os.cpu_count()} cores ({platform.machine()}),",
+        f"Python {platform.python_version()},",
         f"{names}; {datetime.date.today()}.",
         "",
-        "| layers | float32 weights MiB | prepare_qat s | convert s | first integer run s | peak prepare | peak convert |",
+        "| layers | fp32 weights MiB | prepare_qat s | convert s | first integer run s | peak prepare | peak convert |",
         "|---|---|---|---|---|---|---|",
     ]
     for n in LAYERS:

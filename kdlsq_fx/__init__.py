@@ -27,7 +27,27 @@ _WHERE = {
     "preset": "qconfig",
     "KdlsqError": "errors",
 }
-__all__ = [*_WHERE]
+__all__ = [
+    "KdlsqError",
+    "QConfig",
+    "QSpec",
+    "Rule",
+    "Tap",
+    "Trace",
+    "calibrate",
+    "compare",
+    "convert",
+    "distill",
+    "export_onnx",
+    "freeze_qat",
+    "from_pretrained",
+    "graph_pass",
+    "match_graphs",
+    "param_groups",
+    "prepare_qat",
+    "preset",
+    "scale_report",
+]
 
 if TYPE_CHECKING:
     from .api import convert, export_onnx, freeze_qat, from_pretrained, prepare_qat

@@ -113,11 +113,18 @@ def export_onnx(qat: QuantModel, path: str | Path, *, target: str = "ort-cpu", p
     outputs = qdq.output_names or tuple(f"output_{i}" for i in range(len(output_args(qdq.gm.graph))))
     metadata = {"qconfig": json.dumps(qdq.qconfig.to_dict()), "model_class": qdq.model_class, "stage": qdq.stage}
     return export(
-        qdq.gm, path, target=target, input_names=qdq.input_names, output_names=outputs, metadata={**metadata, **versions()}
+        qdq.gm,
+        path,
+        target=target,
+        input_names=qdq.input_names,
+        output_names=outputs,
+        metadata={**metadata, **versions()},
     )
 
 
-def from_pretrained(path: str | Path, *, model: nn.Module | None = None, passes: Iterable[Pass] = (), backend: str = "reference") -> Any:
+def from_pretrained(
+    path: str | Path, *, model: nn.Module | None = None, passes: Iterable[Pass] = (), backend: str = "reference"
+) -> Any:
     """Load a folder: ``qat/`` gives a trainable QuantModel, ``int/`` a model that runs on ``backend``.
 
     ``model`` and ``passes`` as they were given to ``prepare_qat``, for models that are not Hugging Face's.
@@ -140,7 +147,9 @@ def _derive(
     unready = [name for name, m in qat.gm.named_modules() if isinstance(m, Lsq) and not bool(m.ready)]
     if unready:
         raise CalibrationError(
-            f"{len(unready)} quantizers have no scale yet", where=unready[0], do="calibrate first: calibrate(qat, batches)"
+            f"{len(unready)} quantizers have no scale yet",
+            where=unready[0],
+            do="calibrate first: calibrate(qat, batches)",
         )
     gm = copy_graph(qat.gm)
     run_passes(gm, pipeline, user=user, stop_after=stop_after, trace=trace)
@@ -163,4 +172,6 @@ def copy_graph(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
 def _check_finite(gm: torch.fx.GraphModule) -> None:
     for name, p in gm.named_parameters():
         if not bool(torch.isfinite(p).all()):
-            raise CalibrationError("a weight is NaN or infinite", where=name, do="repair the checkpoint before prepare_qat")
+            raise CalibrationError(
+                "a weight is NaN or infinite", where=name, do="repair the checkpoint before prepare_qat"
+            )

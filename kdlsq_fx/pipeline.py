@@ -86,7 +86,9 @@ def run_passes(
 def _stages(step: Pass) -> tuple[str, str]:
     stages = getattr(step, "stages", None)
     if stages is None:
-        raise ConfigError(f"{getattr(step, '__name__', step)} is not a pass", do='decorate it with @graph_pass("float")')
+        raise ConfigError(
+            f"{getattr(step, '__name__', step)} is not a pass", do='decorate it with @graph_pass("float")'
+        )
     return stages
 
 
@@ -105,7 +107,9 @@ def _with_user_passes(plan: list[Pass], user: list[Pass], stage: str) -> list[Pa
             current = _stages(p)[1]
             reached = reached or current == before
         if not reached:
-            raise ConfigError(f"pass {step.__name__} wants stage {before}", do="give it to the verb that has this stage")
+            raise ConfigError(
+                f"pass {step.__name__} wants stage {before}", do="give it to the verb that has this stage"
+            )
         plan.insert(len(plan) if at is None else at, step)
     return plan
 

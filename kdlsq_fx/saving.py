@@ -91,4 +91,4 @@ def _fresh_model(folder: Path, model_class: str) -> nn.Module:
             do="pass the module: from_pretrained(path, model=...)",
         )
     config = transformers.AutoConfig.from_pretrained(folder)
-    return cls(config)  # type: ignore[no-any-return]
+    return cls(config)

@@ -173,7 +173,9 @@ def _insert(gm: fx.GraphModule, demand: Demand) -> None:
     else:
         name = f"{_attribute(site_of(demand.value))}_{'wide_' if demand.kind == 'wide' else ''}lsq"
         quantizer = make_quantizer(demand.spec, role="act", site=site_of(demand.value))
-        node = _call(gm, name, quantizer, demand.value, site_of(demand.value) + ("/w" if demand.kind == "wide" else "/q"))
+        node = _call(
+            gm, name, quantizer, demand.value, site_of(demand.value) + ("/w" if demand.kind == "wide" else "/q")
+        )
         for user, operand in demand.uses:
             _reread(user, operand, demand.value, node)
 
@@ -181,7 +183,9 @@ def _insert(gm: fx.GraphModule, demand: Demand) -> None:
 def _insert_weight(gm: fx.GraphModule, demand: Demand) -> None:
     weight = fetch_parameter(demand.value)
     channels = weight.shape[0] if demand.spec.axis == 0 else None
-    quantizer = make_quantizer(demand.spec, channels=channels, numel=weight.numel(), role="weight", site=str(demand.value.target))
+    quantizer = make_quantizer(
+        demand.spec, channels=channels, numel=weight.numel(), role="weight", site=str(demand.value.target)
+    )
     quantizer.init_from(weight.detach())
     name = f"{demand.value.target}_lsq"
     gathered = demand.spec.axis is None and demand.spec.quantizer in GATHER_FIRST
@@ -189,7 +193,8 @@ def _insert_weight(gm: fx.GraphModule, demand: Demand) -> None:
     for user, operand in demand.uses:
         if gathered and _table(user) is not None:
             node = _call(gm, name, quantizer, user, site_of(user) + "/q")
-            user.replace_all_uses_with(node, delete_user_cb=lambda u, keep=node: u is not keep)
+            for reader in [r for r in user.users if r is not node]:
+                reader.replace_input_with(user, node)
         else:
             if whole is None:
                 whole = _call(gm, name, quantizer, demand.value, f"{demand.value.target}/q")

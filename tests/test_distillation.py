@@ -40,7 +40,7 @@ def pair(
 def scores_of(model: nn.Module, data: dict[str, torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
     """Hugging Face's outputs, and q k^T / sqrt(d) + mask of every layer, from hooks on query and key."""
     kept: dict[str, torch.Tensor] = {}
-    layers = model.bert.encoder.layer  # type: ignore[union-attr,operator]
+    layers = model.bert.encoder.layer
     hooks = []
     for i, layer in enumerate(layers):  # type: ignore[arg-type]
         for name in ("query", "key"):
@@ -342,8 +342,7 @@ def test_output_is_read_by_name_key_and_position_and_the_signature_is_the_models
     assert isinstance(out, dict) and list(out) == ["loss", "logits"]
     assert inspect.signature(kd.forward).parameters.keys() == inspect.signature(model.forward).parameters.keys()
     assert isinstance(kd, Distiller) and kd.config is kd.student.config
-    with pytest.raises(AttributeError):
-        out.nothing  # noqa: B018
+    assert not hasattr(out, "nothing")
 
 
 def test_save_pretrained_writes_the_student_alone(tmp_path: Any) -> None:
@@ -394,7 +393,7 @@ def test_mistakes_are_told(tmp_path: Any) -> None:
         distill(qat, other, pooled=1.0)
     for wrong in ({"hidden": -1.0}, {"logits": float("nan")}, {"temperature": 0.0}, {"padding": "no"}):
         with pytest.raises(ConfigError):
-            distill(qat, other, **wrong)  # type: ignore[arg-type]
+            distill(qat, other, **wrong)
     with pytest.raises(ConfigError, match="every weight is 0"):
         distill(qat, other, hidden=0, attention=0, logits=0)
     with pytest.raises(ConfigError, match="no loss 'cosine'"):

@@ -12,13 +12,13 @@ import onnx
 import pytest
 import torch
 from families import FAMILIES, batch, for_model, tiny
-from kdlsq_fx.backends.onnx import export, metadata_of
-from kdlsq_fx.backends.onnx_codes import OnnxCodes
-from kdlsq_fx.backends.onnx_runtime import OnnxModel, int8_saturates, kernel_report, run_onnx
 from sketch import Sketch, Values
 from torch import fx
 
 from kdlsq_fx.api import export_onnx, freeze_qat, prepare_qat
+from kdlsq_fx.backends.onnx import export, metadata_of
+from kdlsq_fx.backends.onnx_codes import OnnxCodes
+from kdlsq_fx.backends.onnx_runtime import OnnxModel, int8_saturates, kernel_report, run_onnx
 from kdlsq_fx.calibration import calibrate
 from kdlsq_fx.capture import capture
 from kdlsq_fx.comparison import compare, in_float64

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kdlsq_fx.backends.onnx import export
-from kdlsq_fx.backends.onnx_runtime import run_onnx
 from torch import fx, nn
 
 import kdlsq_fx.ops.integer
 import kdlsq_fx.ops.qdq  # noqa: F401  (both fill the table)
+from kdlsq_fx.backends.onnx import export
+from kdlsq_fx.backends.onnx_runtime import run_onnx
 from kdlsq_fx.op import BY_NAME, Op, Signature
 
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import kdlsq_fx as kq
 from kdlsq_fx.errors import CalibrationError, CheckpointError, ConfigError, InputError
-from kdlsq_fx.graph import root, site_of, sited
+from kdlsq_fx.graph import root, sited
 from kdlsq_fx.lsq import Lsq
 from kdlsq_fx.op import op_of, tensor_args
 from kdlsq_fx.qconfig import QSpec, Rule
@@ -39,15 +39,22 @@ def test_the_papers_placement_on_bert():
     qat = kq.prepare_qat(tiny("bert"), "W2E2A8")
     layer = "bert.encoder.layer.0"
     for name in ("attention.self.query", "attention.self.key", "attention.output.dense", "intermediate.dense"):
-        assert operand_is_quantized(qat, f"{layer}.{name}/linear", 0) and operand_is_quantized(qat, f"{layer}.{name}/linear", 1)
+        assert operand_is_quantized(qat, f"{layer}.{name}/linear", 0) and operand_is_quantized(
+            qat, f"{layer}.{name}/linear", 1
+        )
     for site in (f"{layer}.attention.self/matmul", f"{layer}.attention.self/matmul:1"):
         assert operand_is_quantized(qat, site, 0) and operand_is_quantized(qat, site, 1)
     assert operand_is_quantized(qat, "bert.pooler.dense/linear", 1)
     assert not operand_is_quantized(qat, "classifier/linear", 1)
     for site in (f"{layer}.attention.output/add", f"{layer}.output/add", "bert.embeddings.LayerNorm/layer_norm"):
-        assert not any(op_of(root(a)) and op_of(root(a)).name == "lsq" for a in tensor_args(sited(qat.gm.graph)[site])[:1])
+        assert not any(
+            op_of(root(a)) and op_of(root(a)).name == "lsq" for a in tensor_args(sited(qat.gm.graph)[site])[:1]
+        )
     names = quantizers(qat)
-    assert "bert.embeddings.word_embeddings.weight_lsq" in names and "bert.embeddings.position_embeddings.weight_lsq" in names
+    assert (
+        "bert.embeddings.word_embeddings.weight_lsq" in names
+        and "bert.embeddings.position_embeddings.weight_lsq" in names
+    )
     assert "bert.embeddings.token_type_embeddings.weight_lsq" not in names
 
 
@@ -56,7 +63,7 @@ def test_a_value_read_three_times_is_quantized_once():
     sites = sited(qat.gm.graph)
     readers = [sites[f"bert.encoder.layer.1.attention.self.{n}/linear"] for n in ("query", "key", "value")]
     assert len({root(r.args[0]) for r in readers}) == 1
-    assert len(quantizers(qat)) == len({n for n in quantizers(qat).values()})
+    assert len(quantizers(qat)) == len(set(quantizers(qat).values()))
 
 
 @pytest.mark.parametrize("qconfig", ["W4E4A8", "W2E2A8-lsq", "W8E8A8-int", "W4E4A8-lsq+"])

@@ -13,9 +13,9 @@ import pytest
 import torch
 from calibrated import calibrated, converted
 from families import batch
-from kdlsq_fx.backends.reference import ReferenceModel
 
 from kdlsq_fx.api import from_pretrained
+from kdlsq_fx.backends.reference import ReferenceModel
 from kdlsq_fx.errors import CheckpointError, ConfigError
 from kdlsq_fx.files import WEIGHTS
 from kdlsq_fx.program import PROGRAM, load_program, program_text, save_program

@@ -9,10 +9,10 @@ import pytest
 import torch
 from calibrated import CONFIGS, calibrated, converted
 from families import batch
-from kdlsq_fx.backends.reference import ReferenceModel
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdlsq_fx.backends.reference import ReferenceModel
 from kdlsq_fx.comparison import compare
 from kdlsq_fx.errors import ConfigError, InputError
 from kdlsq_fx.op import op_of

@@ -19,7 +19,7 @@ def bias_grid(bias: torch.Tensor, x_lsq: Lsq, w_lsq: Lsq) -> torch.Tensor:
     """
     if x_lsq.observing:
         return bias  # its scale is what calibration is about to find
-    return _GRID(bias, x_lsq.scale.detach(), w_lsq.scale.detach())  # type: ignore[no-any-return]
+    return _GRID(bias, x_lsq.scale.detach(), w_lsq.scale.detach())
 
 
 BIAS_GRID = declare(Op(name="bias_grid", target=bias_grid, sig="bias, float, float -> bias"))

@@ -1,0 +1,76 @@
+"""A qat model and a distiller in other people's loops: the Hugging Face Trainer, accelerate, and the tour."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny
+
+import kdlsq_fx as kq
+
+pytest.importorskip("accelerate")
+
+
+def rows(count: int = 24) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for i in range(count):
+        ids = torch.randint(3, 99, (8,), generator=generator)
+        made.append({"input_ids": ids, "attention_mask": torch.ones(8).long(), "labels": torch.tensor(i % 2)})
+    return made
+
+
+def prepared():
+    model = tiny("bert").eval()
+    qat = kq.prepare_qat(model, "W4E4A8")
+    batch = {k: torch.stack([r[k] for r in rows(8)]) for k in ("input_ids", "attention_mask")}
+    kq.calibrate(qat, [batch], progress=False)
+    return model, qat
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_the_trainer_trains_saves_and_evaluates(tmp_path, distilled):
+    from transformers import Trainer, TrainingArguments
+
+    teacher, qat = prepared()
+    model = kq.distill(qat, teacher) if distilled else qat
+    before = {k: v.clone() for k, v in qat.state_dict().items()}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=8, report_to=[], use_cpu=True,
+        save_steps=3, logging_steps=1, learning_rate=1e-3, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows(), eval_dataset=rows(8))
+    result = trainer.train()
+    assert result.training_loss > 0
+    moved = [k for k, v in qat.state_dict().items() if not torch.equal(v, before[k])]
+    assert any(k.endswith("_lsq.raw") for k in moved) and any(k.endswith("dense.weight") for k in moved)
+    if not distilled:
+        assert "eval_loss" in trainer.evaluate()
+    saved = list(tmp_path.glob("checkpoint-3/*.safetensors"))
+    assert saved and not any("teacher" in k for k in qat.state_dict())
+    assert kq.convert(qat)(**{k: torch.stack([r[k] for r in rows(4)]) for k in ("input_ids", "attention_mask")})
+
+
+def test_accelerate():
+    from accelerate import Accelerator
+
+    _, qat = prepared()
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW(kq.param_groups(qat, lr=1e-3))
+    loader = torch.utils.data.DataLoader(rows(), batch_size=8)
+    model, optimizer, loader = accelerator.prepare(qat.train(), optimizer, loader)
+    for batch in loader:
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.isfinite(loss)
+
+
+def test_the_tour_runs(capsys):
+    runpy.run_path(str(Path(__file__).parents[1] / "docs" / "tour.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "the loaded int folder gives the same logits: True" in out
