@@ -40,7 +40,7 @@ def pair(
 def scores_of(model: nn.Module, data: dict[str, torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
     """Hugging Face's outputs, and q k^T / sqrt(d) + mask of every layer, from hooks on query and key."""
     kept: dict[str, torch.Tensor] = {}
-    layers = model.bert.encoder.layer
+    layers = model.bert.encoder.layer  # type: ignore[union-attr]
     hooks = []
     for i, layer in enumerate(layers):  # type: ignore[arg-type]
         for name in ("query", "key"):
