@@ -99,7 +99,7 @@ def run(task: str, preset: str, args: argparse.Namespace) -> None:
     base = record(task, preset, args.seed, asdict(chosen) if chosen else asdict(settings)) | {"rows": found["rows"]}
 
     def keep(row: job.Row) -> None:
-        base["rows"][row.model] = asdict(row)
+        base["rows"][row.model] = public(row, task, args.seed)
         folder = out / ("fp32-run" if preset == "fp32" else f"{preset}/run")
         base["training"] = curve(folder)
         RESULTS.mkdir(parents=True, exist_ok=True)
@@ -176,16 +176,21 @@ def line_of(name: str, preset: str, rows: dict[Any, Any]) -> str:
         mean = f"{np.mean([s['headline'] for s in scores]):.2f} ± {error:.2f}"
         base = {t: rows.get((t, "fp32", "fp32")) for t in TASKS}
         if name != "fp32" and all(base.values()):
-            gaps = [gap(t, got[t], base[t]) for t in TASKS]
+            gaps = [r["vs_fp32"] for r in got.values() if r]
             error = np.sqrt(sum(e**2 for _, e in gaps)) / len(TASKS)
             versus = f"{np.mean([g for g, _ in gaps]):+.2f} ± {error:.2f}"
     return f"| {name} | {preset} | {' | '.join(cells)} | {mean} | {versus} |"
 
 
-def gap(task: str, a: Any, b: Any) -> tuple[float, float]:
-    """Paired difference of two rows' headlines."""
-    labels = np.asarray(a["labels"])
-    return metrics.difference(data.GLUE[task], np.asarray(a["predictions"]), np.asarray(b["predictions"]), labels)
+def public(row: job.Row, task: str, seed: int) -> dict[str, Any]:
+    """A row without the data set's labels, which stay out of the repository; with its paired difference to fp32."""
+    kept = asdict(row)
+    labels = np.asarray(kept.pop("labels"))
+    path = RESULTS / f"{task}-fp32-s{seed}.json"
+    if row.model != "fp32" and path.exists():
+        base = np.asarray(json.loads(path.read_text())["rows"]["fp32"]["predictions"])
+        kept["vs_fp32"] = metrics.difference(data.GLUE[task], np.asarray(row.predictions), base, labels)
+    return kept
 
 
 def agreement_lines(rows: dict[Any, Any]) -> list[str]:
