@@ -22,21 +22,22 @@ MULTIPLIER_BITS = 31
 MAX_SHIFT = 62
 
 
-def dyadic(ratio: float) -> tuple[int, int]:
+def dyadic(ratio: float, bits: int = MULTIPLIER_BITS, max_shift: int = MAX_SHIFT) -> tuple[int, int]:
     """``ratio`` as ``(multiplier, shift)``: ``multiplier / 2**shift`` with 31 significant bits (I-BERT 4.6, HAWQ-V3).
 
-    ``0 <= multiplier < 2**31``, ``1 <= shift <= 62``; relative error at most 2**-31, or absolute 2**-63 where the shift
-    is at its end (such a ratio takes every int32 to 0). ValueError for ratios that are not finite, positive, < 2**30.
+    ``0 <= multiplier < 2**bits``, ``1 <= shift <= max_shift``; relative error at most 2**-bits, or absolute
+    2**-(max_shift + 1) where the shift is at its end (at 62 such a ratio takes every int32 to 0). ValueError for ratios
+    that are not finite, positive, < 2**(bits - 1).
     """
-    if not (math.isfinite(ratio) and 0 < ratio < 2.0 ** (MULTIPLIER_BITS - 1)):
-        raise ValueError(f"a ratio of scales must be finite, above 0 and below 2**30, not {ratio}")
+    if not (math.isfinite(ratio) and 0 < ratio < 2.0 ** (bits - 1)):
+        raise ValueError(f"a ratio of scales must be finite, above 0 and below 2**{bits - 1}, not {ratio}")
     mantissa, exponent = math.frexp(ratio)
-    shift = min(MULTIPLIER_BITS - exponent, MAX_SHIFT)
+    shift = min(bits - exponent, max_shift)
     multiplier = round(math.ldexp(mantissa, exponent + shift))
-    if multiplier == 2**MULTIPLIER_BITS:  # 0.11...1 rounded up to the next power of two
+    if multiplier == 2**bits:  # 0.11...1 rounded up to the next power of two
         multiplier, shift = multiplier // 2, shift - 1
     if shift < 1:
-        raise ValueError(f"a ratio of scales must be below 2**30, not {ratio}")
+        raise ValueError(f"a ratio of scales must be below 2**{bits - 1}, not {ratio}")
     return multiplier, shift
 
 
@@ -55,6 +56,21 @@ def numpy_round_shift(value: Array, shift: int | Array) -> Array:
     unit = np.left_shift(np.int64(1), shift)
     rounds_up = (twice_rest > unit) | ((twice_rest == unit) & (floor % 2 == 1))
     return floor + rounds_up
+
+
+def round_divide(n: torch.Tensor, d: int | torch.Tensor) -> torch.Tensor:
+    """``n / d`` rounded half to even; int64 with ``|n| < 2**61``, ``0 < d < 2**61``; ``d`` an int or broadcasts."""
+    floor = torch.div(n, d, rounding_mode="floor")
+    twice_rest = (n - floor * d) * 2
+    # An even floor takes a tie, an odd one gives it away: both in one comparison of integers.
+    return floor + (twice_rest + (floor & 1) > d)
+
+
+def numpy_round_divide(n: Array, d: int | Array) -> Array:
+    """:func:`round_divide` in NumPy: half up, then back by one where that was a tie and came out odd."""
+    half_up, rest = np.divmod(2 * n + d, 2 * np.asarray(d, dtype=np.int64))
+    fixed: Array = half_up - ((rest == 0) & (half_up % 2 == 1))
+    return fixed
 
 
 def requantize(
