@@ -6,15 +6,21 @@ docs/integer_primitives.md is the specification; both forms of the integer op fo
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import fx
 from torch.autograd.function import once_differentiable
 
+from kdlsq_fx.errors import LoweringError
+from kdlsq_fx.graph import site_of
+from kdlsq_fx.lowering import Grid, Lowering, QValue, StaysFloat
 from kdlsq_fx.op import Op, declare
 from kdlsq_fx.ops.fixed_point import dyadic, numpy_round_shift, random_codes, round_shift
+from kdlsq_fx.ops.lower_rules import on_grid
 from kdlsq_fx.ops.qdq import container, torch_container
 
 aten = torch.ops.aten
@@ -58,7 +64,7 @@ def int_gelu(
 def _one_plus_erf(t: torch.Tensor) -> torch.Tensor:
     """``(1 + erf(t / 2**12)) * C``, 0 to 2 C, in integers."""
     s = t.abs().clamp_(max=B).sub_(B)
-    return t.sign() * (C - s * s) + C
+    return t.sign().mul_(C - s * s).add_(C)
 
 
 def numpy_int_gelu(
@@ -94,7 +100,7 @@ class _PolynomialGelu(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
         # int32 holds every step up to 2 C < 2**27, and beyond B nothing changes; float32 would not be exact
-        t = torch.round(x * (2**FRACTION / math.sqrt(2))).clamp_(-B, B).to(torch.int32)
+        t = (x * (2**FRACTION / math.sqrt(2))).round_().clamp_(-B, B).to(torch.int32)
         w = round_shift(_one_plus_erf(t), FRACTION)
         return w.to(x.dtype).mul_(ERF_A / 2 * 2.0**-FRACTION).mul_(x)
 
@@ -117,6 +123,31 @@ def numpy_polynomial_gelu(x: Array) -> Array:
     return x * (half * (ERF_A / 2 / 2**FRACTION)).astype(x.dtype)
 
 
+@dataclass(frozen=True)
+class PolynomialGelu:
+    """i-GELU of codes, on the grid of the quantizer behind it."""
+
+    x: QValue
+
+    def quantized(self, lowering: Lowering, node: fx.Node, grid: Grid) -> QValue:
+        try:
+            constants = gelu_constants(float(self.x.scale), grid.scale)
+        except ValueError as err:
+            raise LoweringError(str(err), where=site_of(node), do="calibrate again: a scale is out of range") from None
+        ends = (grid.zero_point, grid.qmin, grid.qmax)
+        dtype = torch_container(grid.qmin, grid.qmax)
+        made = lowering.call(node, int_gelu, self.x.node, self.x.zero_point, *constants, *ends, dtype=dtype)
+        return on_grid(made, grid)
+
+
+def lower_polynomial_gelu(lowering: Lowering, node: fx.Node) -> PolynomialGelu:
+    """polynomial_gelu(x) -> int_gelu(x)"""
+    x = lowering.per_tensor(node.args[0])
+    if max(abs(x.lo), abs(x.hi)) > 2**21:
+        raise StaysFloat("its input has more than 22 bits: no quantizer stands before it")
+    return PolynomialGelu(x)
+
+
 def _int_sample() -> tuple[tuple[Any, ...], dict[str, Any]]:
     x = random_codes(3, 50, low=-(2**15), high=2**15, dtype=torch.int16)
     return (x, 5, *gelu_constants(2e-4, 0.03), -100, -128, 127), {}
@@ -130,6 +161,7 @@ POLYNOMIAL_GELU = declare(
         sig="act -> act",
         numpy=numpy_polynomial_gelu,
         sample=lambda: ((torch.linspace(-6, 6, 97),), {}),
+        lower=lower_polynomial_gelu,
         why_float="its polynomial runs in floats",
     )
 )

@@ -13,8 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import fx
 from torch.autograd.function import once_differentiable
 
+from kdlsq_fx.errors import LoweringError
+from kdlsq_fx.graph import site_of
+from kdlsq_fx.lowering import Grid, Lowering, QValue, StaysFloat, array
 from kdlsq_fx.op import Op, declare
 from kdlsq_fx.ops.fixed_point import (
     numpy_round_divide,
@@ -23,6 +27,7 @@ from kdlsq_fx.ops.fixed_point import (
     round_divide,
     round_shift,
 )
+from kdlsq_fx.ops.lower_rules import on_grid
 from kdlsq_fx.ops.qdq import container, torch_container
 
 aten = torch.ops.aten
@@ -157,7 +162,7 @@ def int_layer_norm(
 
 def _centred(x: torch.Tensor, fraction: int) -> torch.Tensor:
     """Integers ``[..., N]`` less their mean, int64 in steps of ``2**-fraction``."""
-    wide = x.to(torch.int64) << fraction
+    wide = x.to(torch.int64, copy=True).bitwise_left_shift_(fraction)
     return wide.sub_(round_divide(wide.sum(-1, keepdim=True), x.shape[-1]))
 
 
@@ -281,6 +286,44 @@ def _demand_one_dimension(shape: Sequence[int]) -> None:
         raise ValueError(f"an integer layer norm runs over one dimension, not over {list(shape)}")
 
 
+@dataclass(frozen=True)
+class Normalized:
+    """LayerNorm of codes, on the grid of the quantizer behind it."""
+
+    x: QValue
+    gamma: Array | None
+    beta: Array | None
+    length: int
+    eps: float
+
+    def quantized(self, lowering: Lowering, node: fx.Node, grid: Grid) -> QValue:
+        x = self.x
+        try:
+            made = norm_constants(self.gamma, self.beta, self.length, float(x.scale), grid.scale, self.eps, x.lo, x.hi)
+        except ValueError as err:
+            do = "give its input 22 bits or fewer, or calibrate again"
+            raise LoweringError(str(err), where=site_of(node), do=do) from None
+        gain, offset = (
+            lowering.store(node, what, torch.from_numpy(np.ascontiguousarray(v)))
+            for what, v in (("gain", made.gain), ("offset", made.offset))
+        )
+        args = (x.node, gain, offset, made.fraction, made.eps, made.shift)
+        ends = (grid.zero_point, grid.qmin, grid.qmax)
+        dtype = torch_container(grid.qmin, grid.qmax)
+        return on_grid(lowering.call(node, int_layer_norm, *args, *ends, dtype=dtype), grid)
+
+
+def lower_integer_norm(lowering: Lowering, node: fx.Node) -> Normalized:
+    """integer_layer_norm(x, ...) -> int_layer_norm(x, gain, offset), rounded once by the quantizer behind"""
+    operand, shape, weight, bias, eps = node.args[:5]
+    x = lowering.per_tensor(operand)
+    gamma, beta = (None if p is None else lowering.constant(p) for p in (weight, bias))
+    if (weight is not None and gamma is None) or (bias is not None and beta is None):
+        raise StaysFloat("its weight or bias is not a constant")
+    reals = (None if t is None else array(t).astype(np.float64) for t in (gamma, beta))
+    return Normalized(x, *reals, int(shape[-1]), float(eps))  # type: ignore[arg-type, index, call-arg]
+
+
 def _int_sample() -> tuple[tuple[Any, ...], dict[str, Any]]:
     x = random_codes(2, 3, 16, low=-(2**21), high=2**21, dtype=torch.int32)
     x[0, 0] = 5  # a row without variance
@@ -311,6 +354,7 @@ INTEGER_LAYER_NORM = declare(
         sig="wide, float, float, float -> act",
         numpy=numpy_integer_layer_norm,
         sample=_float_sample,
+        lower=lower_integer_norm,
         why_float="mean, variance and square root run in floats",
     )
 )

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import fx
 from torch.autograd.function import once_differentiable
 
-from kdlsq_fx.errors import InputError
+from kdlsq_fx.errors import InputError, LoweringError
+from kdlsq_fx.graph import site_of
+from kdlsq_fx.lowering import Grid, Lowering, QValue
+from kdlsq_fx.masks import masked_scores
 from kdlsq_fx.op import Op, declare
 from kdlsq_fx.ops.fixed_point import (
     dyadic,
@@ -24,6 +29,7 @@ from kdlsq_fx.ops.fixed_point import (
     round_divide,
     round_shift,
 )
+from kdlsq_fx.ops.lower_rules import on_grid
 from kdlsq_fx.ops.qdq import container, torch_container
 
 aten = torch.ops.aten
@@ -33,6 +39,7 @@ TABLE_FRACTION, TABLE_LAST = 10, 2**14 - 1  # scores in steps of 2**-10, down to
 POLYNOMIAL_FRACTION, POLYNOMIAL_LAST = 14, 2**18 - 1
 TABLE_MAX_SHIFT, POLYNOMIAL_MAX_SHIFT = 44, 41  # (last + 1) * 2**shift + 2**31 stays below 2**60
 LONGEST = 2**20
+TABLE_NAME = "exp_table"  # one constant in the program, whatever the number of layers
 INT32_MIN = -(2**31)
 
 A0, A1 = 0.35815147, 0.96963238  # exp(p) is about A0 p**2 + A1 p + 1 on (-ln 2, 0]; I-BERT's code, not its paper
@@ -175,7 +182,7 @@ class _MaskedSoftmax(torch.autograd.Function):
         index = d.to(torch.int32).clamp_(0, last)  # NaN becomes some integer here, and NaN again below
         e = _float_table(exp, x.dtype, x.device).index_select(0, index.reshape(-1)).reshape(x.shape)
         if keep is not None:
-            e.masked_fill_(keep.logical_not(), 0.0)
+            e.mul_(keep)
         total = e.sum(dim, keepdim=True).clamp_(min=1.0).add_(top - top)
         p = e.div_(total)
         ctx.save_for_backward(p)
@@ -222,6 +229,35 @@ def _demand_form(exp: str) -> None:
         raise ValueError(f"masked_softmax takes exponentials from a 'table' or a 'polynomial', not {exp!r}")
 
 
+@dataclass(frozen=True)
+class Probabilities:
+    """Softmax of scores, on the grid of the quantizer behind it."""
+
+    scores: QValue
+    keep: fx.Node | None
+    form: str
+
+    def quantized(self, lowering: Lowering, node: fx.Node, grid: Grid) -> QValue:
+        try:
+            multiplier, shift, limit = score_grid(float(self.scores.scale), table=self.form == "table")
+            divider = prob_divider(grid.scale)
+        except ValueError as err:
+            raise LoweringError(str(err), where=site_of(node), do="calibrate again: a scale is out of range") from None
+        table = lowering.store(node, "", exp_table(), exact=TABLE_NAME) if self.form == "table" else None
+        args = (self.scores.node, self.keep, table, multiplier, shift, limit, divider)
+        ends = (grid.zero_point, grid.qmin, grid.qmax)
+        made = lowering.call(node, int_softmax, *args, *ends, dtype=torch_container(grid.qmin, grid.qmax))
+        return on_grid(made, grid)
+
+
+def lower_masked_softmax(lowering: Lowering, node: fx.Node) -> Probabilities:
+    """masked_softmax(x + mask, keep) -> int_softmax(x, keep): the mask is no number any more"""
+    scores, keep, _, form = (*node.args, "table")[:4]
+    if isinstance(scores, fx.Node) and (masked := masked_scores(scores)) is not None:
+        scores = masked[0]
+    return Probabilities(lowering.per_tensor(scores), keep, str(form))  # type: ignore[arg-type]
+
+
 def _keep_sample() -> torch.Tensor:
     keep = torch.ones(2, 1, 1, 9, dtype=torch.bool)
     keep[0, ..., 5:] = False
@@ -254,6 +290,7 @@ MASKED_SOFTMAX = declare(
         sig="wide, mask -> prob",
         numpy=numpy_masked_softmax,
         sample=_float_sample,
+        lower=lower_masked_softmax,
         why_float="the exponential and the division run in floats",
     )
 )
