@@ -7,14 +7,16 @@ import inspect
 import json
 from collections import OrderedDict
 from pathlib import Path
+from shutil import copyfile
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from .. import run_int
 from ..capture import Captured
 from ..errors import CheckpointError, ConfigError
-from ..files import FORMAT, INFO, make_folder, read_json, write_json
+from ..files import FORMAT, INFO, make_folder, read_json, write_atomic, write_json
 from ..lowering import Island
 from ..model import QuantModel
 from ..program import load_program, save_program
@@ -25,6 +27,7 @@ from .reference import ReferenceModel
 
 BACKENDS = ("reference", "torch")
 CONFIG = "config.json"
+RUNNER = Path(run_int.__file__)
 
 
 class Fields(OrderedDict[str, Any]):
@@ -69,9 +72,10 @@ class IntModel(QuantModel):
         return columns(("site", "op", "float, because"), [(i.site, i.op, i.reason) for i in self.islands])
 
     def save_pretrained(self, path: str | Path, tokenizer: Any = None, **_: Any) -> Path:
-        """Write the program, its constants, the configuration and ``kdlsq.json`` (last) into a folder."""
+        """Write the program, its constants, its runner, the configuration and ``kdlsq.json`` (last) into a folder."""
         folder = make_folder(path)
-        save_program(self.gm, folder)
+        save_program(self.gm, folder, self.output_names)
+        write_atomic(folder / RUNNER.name, lambda name: copyfile(RUNNER, name))
         if isinstance(self.config, SimpleNamespace):
             write_json(folder / CONFIG, vars(self.config))
         elif self.config is not None and hasattr(self.config, "save_pretrained"):

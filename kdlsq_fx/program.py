@@ -1,6 +1,7 @@
 """An integer graph as a file: a JSON program of declared ops and a safetensors file of its constants.
 
 Loading needs no capture and no transformers: op names are looked up in the op table. Nothing is ever unpickled.
+docs/integer_format.md describes the folder for those who read it without this package; run_int.py is such a reader.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +17,52 @@ import torch
 from torch import fx, nn
 
 from .errors import CheckpointError
-from .files import WEIGHTS, make_folder, read_json, read_tensors, write_json, write_tensors
-from .graph import fetch, put, site_of
+from .files import WEIGHTS, make_folder, read_json, read_tensors, write_atomic, write_tensors
+from .graph import fetch, output_args, put, site_of
 from .lowering import Island
 from .op import BY_NAME, op_of
+from .program_types import Symbols, input_row, is_integer_only, output_row, type_of
 
-FORMAT = 1
+FORMAT = 2  # 1 had no types and no rows for inputs and outputs
 PROGRAM = "program.json"
 DAMAGED = "copy the folder again"
 
 
-def save_program(gm: fx.GraphModule, path: str | Path) -> Path:
+def save_program(gm: fx.GraphModule, path: str | Path, output_names: Sequence[str] = ()) -> Path:
     """Write ``program.json`` and ``model.safetensors`` into the folder ``path``; each file is replaced as a whole.
 
-    Only call_function nodes of declared ops can be written: CheckpointError names any other. The program holds the
-    hash of its constants, so that a folder half overwritten is found out when it is read.
+    ``output_names``: one a result of the graph, else they are numbered. Only call_function nodes of declared ops can
+    be written: CheckpointError names any other. The program holds the hash of its constants, so that a folder half
+    overwritten is found out when it is read.
     """
-    nodes = [_written(gm, n) for n in gm.graph.nodes if n.op != "output"]
-    (out,) = gm.graph.find_nodes(op="output")
+    symbols = Symbols(gm.graph)
+    nodes = [_written(gm, n, symbols) for n in gm.graph.nodes if n.op != "output"]
+    results = output_args(gm.graph)
+    names = output_names if len(output_names) == len(results) else [f"output_{i}" for i in range(len(results))]
     folder = make_folder(path)
     targets = [str(n.target) for n in gm.graph.find_nodes(op="get_attr")]
     write_tensors(folder / WEIGHTS, {t: fetch(gm, t) for t in dict.fromkeys(targets)})
     program = {
         "format": FORMAT,
         "stage": gm.meta.get("stage", "int"),
+        "integer_only": is_integer_only(gm),
         "constants": {"file": WEIGHTS, "sha256": _hash(folder / WEIGHTS)},
+        "inputs": [input_row(n, symbols) for n in gm.graph.find_nodes(op="placeholder")],
+        "outputs": [output_row(gm, name, n, symbols) for name, n in zip(names, results)],
         "nodes": nodes,
-        "outputs": encode(out.args[0], "output"),
         "islands": [[i.site, i.op, i.reason] for i in gm.meta.get("islands", ())],
     }
-    write_json(folder / PROGRAM, program)
+    write_atomic(folder / PROGRAM, lambda name: Path(name).write_text(_text(program), encoding="utf-8"))
     return folder
+
+
+def _text(program: dict[str, Any]) -> str:
+    """JSON with one row (a node, an input) a line, so that it can be read and compared by lines."""
+    parts = []
+    for key, value in program.items():
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in value) if isinstance(value, list) and value else ""
+        parts.append(f'"{key}": ' + (f"[\n{rows}\n ]" if rows else json.dumps(value)))
+    return "{\n " + ",\n ".join(parts) + "\n}\n"
 
 
 def load_program(path: str | Path) -> fx.GraphModule:
@@ -77,18 +93,18 @@ def _hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _written(gm: fx.GraphModule, node: fx.Node) -> dict[str, Any]:
+def _written(gm: fx.GraphModule, node: fx.Node, symbols: Symbols) -> dict[str, Any]:
+    kind = type_of(gm, node, symbols)
     if node.op == "placeholder":
-        return {"name": node.name, "input": str(node.target)}
+        return {"name": node.name, "input": str(node.target), **kind}
     if node.op == "get_attr":
-        return {"name": node.name, "constant": str(node.target)}
-    op = op_of(node)
+        return {"name": node.name, "constant": str(node.target), **kind}
+    op, site = op_of(node), site_of(node)
     if node.op != "call_function" or op is None:
-        raise CheckpointError(
-            f"{node.op} {node.target} cannot be written", where=site_of(node), do="convert the model first"
-        )
-    written = {"name": node.name, "op": op.name, "site": site_of(node), "args": encode(node.args, site_of(node))}
-    return {**written, "kwargs": encode(node.kwargs, site_of(node))} if node.kwargs else written
+        raise CheckpointError(f"{node.op} {node.target} cannot be written", where=site, do="convert the model first")
+    written = {"name": node.name, "op": op.name, "site": site, "args": encode(node.args, site)}
+    kwargs = {"kwargs": encode(node.kwargs, site)} if node.kwargs else {}
+    return {**written, **kwargs, **kind}
 
 
 def encode(value: Any, where: str) -> Any:
@@ -146,7 +162,10 @@ def _build(program: dict[str, Any], tensors: dict[str, torch.Tensor], where: str
         put(root, name, tensor)
     for row in program["nodes"]:
         nodes[row["name"]] = _read(graph, row, nodes, tensors, where)
-    graph.output(_as_tuple(decode(program["outputs"], nodes)))
+    outputs = program["outputs"]
+    if program["format"] > 1:
+        outputs = [row["value"] for row in outputs]
+    graph.output(_as_tuple(decode(outputs, nodes)))
     gm = fx.GraphModule(root, graph)
     gm.meta["stage"] = program["stage"]
     gm.meta["islands"] = tuple(Island(*row) for row in program["islands"])
@@ -158,17 +177,21 @@ def _read(
 ) -> fx.Node:
     name = row["name"]
     if "input" in row:
-        return graph.create_node("placeholder", row["input"], name=name)
-    if "constant" in row:
+        node = graph.create_node("placeholder", row["input"], name=name)
+    elif "constant" in row:
         if row["constant"] not in tensors:
             raise CheckpointError(f"{where} reads the constant {row['constant']}, which is missing", do=DAMAGED)
-        return graph.create_node("get_attr", row["constant"], name=name)
-    op = BY_NAME.get(row["op"])
-    if op is None:
-        raise CheckpointError(f"{where} uses the op {row['op']!r}", where=row.get("site", ""), do="upgrade kdlsq_fx")
-    args, kwargs = decode(row["args"], nodes), decode(row.get("kwargs", {"dict": {}}), nodes)
-    node = graph.create_node("call_function", op.target, tuple(args), kwargs, name=name)
-    node.meta["site"] = row["site"]
+        node = graph.create_node("get_attr", row["constant"], name=name)
+    else:
+        op = BY_NAME.get(row["op"])
+        if op is None:
+            raise CheckpointError(
+                f"{where} uses the op {row['op']!r}", where=row.get("site", ""), do="upgrade kdlsq_fx"
+            )
+        args, kwargs = decode(row["args"], nodes), decode(row.get("kwargs", {"dict": {}}), nodes)
+        node = graph.create_node("call_function", op.target, tuple(args), kwargs, name=name)
+        node.meta["site"] = row["site"]
+    node.meta["type"] = {key: row[key] for key in ("dtype", "shape", "parts") if key in row}
     return node
 
 
@@ -178,4 +201,5 @@ def _as_tuple(value: Any) -> Any:
 
 def program_text(gm: fx.GraphModule) -> str:
     """The program's nodes as JSON text, for golden files and reading."""
-    return "\n".join(json.dumps(_written(gm, n)) for n in gm.graph.nodes if n.op != "output") + "\n"
+    symbols = Symbols(gm.graph)
+    return "\n".join(json.dumps(_written(gm, n, symbols)) for n in gm.graph.nodes if n.op != "output") + "\n"
