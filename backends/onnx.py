@@ -77,24 +77,25 @@ def export(
     emitter = Emitter(gm, dialect, shown, cut, GridBuilder(for_onnxruntime=dialect.unsigned))
     emitter.run(list(input_names), list(output_names))
     opset = opset_for(emitter.g.nodes, emitter.g.types)
-    model = _model(emitter, opset, {"target": target, **(metadata or {})})
-    data = model.SerializeToString()
+    model = model_of(emitter, opset, {"target": target, **(metadata or {})})
     file = Path(path)
-    _write(file, data)
+    size = write_checked(file, model)
     return ExportReport(
         path=file,
         target=target,
         opset=opset,
         nodes=len(model.graph.node),
         quantizers=sum(op_name(n) == "quantize" for n in gm.graph.nodes),
-        bytes=len(data),
+        bytes=size,
         inputs=tuple(v.name for v in model.graph.input),
         outputs=tuple(v.name for v in model.graph.output),
         cuts=tuple(emitter.cuts),
     )
 
 
-def _write(file: Path, data: bytes) -> None:
+def write_checked(file: Path, model: onnx.ModelProto) -> int:
+    """Write a model that ``onnx.checker`` accepts; returns its bytes. The old file stays until then."""
+    data = model.SerializeToString()
     if len(data) > LIMIT:
         raise CheckpointError(
             f"{file} would take {len(data)} bytes, an ONNX file holds {LIMIT}", do="quantize more of it"
@@ -104,9 +105,11 @@ def _write(file: Path, data: bytes) -> None:
     if file.is_dir():
         raise CheckpointError(f"cannot write {file}: it is a folder", do="give the name of a file")
     write_atomic(file, lambda name: Path(name).write_bytes(data))
+    return len(data)
 
 
-def _model(emitter: Emitter, opset: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
+def model_of(emitter: Emitter, opset: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    """The ONNX model of a finished walk, without what nobody reads."""
     g = emitter.g
     graph = ir.Graph(
         emitter.inputs,

@@ -35,10 +35,13 @@ DIALECTS = {
 }
 
 
+TARGETS = (*DIALECTS, "integer")  # the last writes an int graph: onnx_integer.py
+
+
 def dialect_of(target: str) -> Dialect:
     """ConfigError names the known targets."""
     if target not in DIALECTS:
-        raise ConfigError(f"unknown export target {target!r}", do=f"use one of {', '.join(DIALECTS)}")
+        raise ConfigError(f"unknown export target {target!r}", do=f"use one of {', '.join(TARGETS)}")
     return DIALECTS[target]
 
 
@@ -109,7 +112,7 @@ def emit_quantize(
     return codes, Grid(scale, zero_point + holds.offset, axis, codes, holds.offset)
 
 
-def _along(g: GridBuilder, x: ir.Value, values: NDArray[Any], axis: int | None) -> ir.Value:
+def along(g: GridBuilder, x: ir.Value, values: NDArray[Any], axis: int | None) -> ir.Value:
     """A constant that runs along ``axis`` of ``x``."""
     if axis is None or values.ndim == 0:
         return g.constant(values)
@@ -123,7 +126,7 @@ def _clipped(g: GridBuilder, x: ir.Value, scale: NDArray[Any], low: int, high: i
     if scale.ndim == 0:
         return g.Clip(x, *map(g.constant, bounds))
     dims = g.dims(x)
-    least, most = (_along(g, x, b, axis) for b in bounds)
+    least, most = (along(g, x, b, axis) for b in bounds)
     clipped: ir.Value = g.Min(g.Max(x, least), most)  # Clip takes scalars only
     g.describe(clipped, torch.float32, dims)
     return clipped
@@ -133,7 +136,7 @@ def _quantize_in_floats(
     g: GridBuilder, x: ir.Value, scale: NDArray[Any], zero_point: int, qmin: int, qmax: int, axis: int | None
 ) -> tuple[ir.Value, Grid]:
     """Codes of 17 to 32 bits stay floats that hold integers (ONNX Round is half to even); exact below 2**24."""
-    codes = g.Round(g.Div(x, _along(g, x, scale, axis)))
+    codes = g.Round(g.Div(x, along(g, x, scale, axis)))
     if zero_point:
         codes = g.Add(codes, g.constant(np.float32(zero_point)))
     codes = g.Clip(codes, g.constant(np.float32(qmin)), g.constant(np.float32(qmax)))
@@ -145,4 +148,4 @@ def emit_dequantize(g: GridBuilder, codes: ir.Value, grid: Grid) -> ir.Value:
     if grid.codes is not None or codes.const_value is not None:
         return g.dequantize(codes, grid)
     shifted = g.Sub(codes, g.constant(np.float32(grid.zero_point))) if grid.zero_point else codes
-    return g.Mul(shifted, _along(g, codes, grid.scale, grid.axis))
+    return g.Mul(shifted, along(g, codes, grid.scale, grid.axis))

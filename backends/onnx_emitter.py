@@ -42,7 +42,7 @@ QUANTIZE = ("x", "scale", "zero_point", "qmin", "qmax", "axis")
 DEQUANTIZE = ("codes", "scale", "zero_point", "axis")
 
 
-def _arguments(node: fx.Node) -> list[Any]:
+def arguments_of(node: fx.Node) -> list[Any]:
     """The arguments of a quantize or dequantize node, all of them, in schema order."""
     names = QUANTIZE if op_name(node) == "quantize" else DEQUANTIZE
     given = dict(zip(names, node.args)) | dict(node.kwargs)
@@ -163,7 +163,7 @@ class Emitter:
         return np.asarray(torch.as_tensor(scale).detach().cpu(), np.float32)
 
     def _quantize(self, node: fx.Node) -> ir.Value:
-        source, scale, zero_point, qmin, qmax, axis = _arguments(node)
+        source, scale, zero_point, qmin, qmax, axis = arguments_of(node)
         x = self.env[source]
         codes, grid = emit_quantize(self.g, self.dialect, x, self._scale(scale), zero_point, qmin, qmax, axis)
         holds = container(self.dialect, zero_point, qmin, qmax)
@@ -193,7 +193,7 @@ class Emitter:
         self.outputs.append(value)
 
     def _dequantize(self, node: fx.Node) -> ir.Value:
-        source, scale, zero_point, axis = _arguments(node)
+        source, scale, zero_point, axis = arguments_of(node)
         codes = self.env[source]
         known = self.codes.get(codes)
         offset = known.offset if known is not None else 0

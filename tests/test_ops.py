@@ -94,7 +94,8 @@ def one_op(op: Op) -> tuple[fx.GraphModule, dict[str, torch.Tensor], int]:
             return value
         kind = next(kinds, "float")
         name = f"x{len(graph.nodes)}"
-        if kind in ("weight", "bias") or (op.name in ("quantize", "dequantize") and value.ndim < 2):
+        parameter = kind == "int" and feed  # multipliers, tables and gains: constants of every lowered graph
+        if kind in ("weight", "bias") or parameter or (op.name in ("quantize", "dequantize") and value.ndim < 2):
             root.register_buffer(name, value)
             node = graph.get_attr(name)
         else:
