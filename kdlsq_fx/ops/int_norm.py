@@ -96,7 +96,8 @@ def norm_constants(
     if not (math.isfinite(scale_out) and scale_out > 0):
         raise ValueError(f"the step of a layer norm's result must be finite and above 0, not {scale_out}")
     fraction, eps_codes = row_grid(n, scale_x, eps, x_lo, x_hi)
-    gain, offset, shift = _affine(gamma64 * math.sqrt(n) / scale_out / 2**24, beta64 / scale_out)
+    with np.errstate(over="ignore"):  # an infinity is refused in _affine
+        gain, offset, shift = _affine(gamma64 * math.sqrt(n) / scale_out / 2**24, beta64 / scale_out)
     return NormConstants(torch.from_numpy(gain), torch.from_numpy(offset), fraction, eps_codes, shift)
 
 
