@@ -199,6 +199,7 @@ def small() -> Any:
 
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[int, int], dict[str, torch.Tensor]]]] = {
     "small": (small, small_batch),
+    "bert": (lambda: converted("W8E8A8-int", "reference"), batch),
 }
 
 
