@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from kdlsq_fx.ranges import Bounds
+
 KINDS = frozenset({"act", "weight", "bias", "wide", "prob", "float", "ids", "mask", "int", "code", "same"})
 
 
@@ -44,6 +46,8 @@ class Op:
     ``numpy``   the same arguments with numpy arrays for tensors and numpy dtypes for dtypes -> numpy array(s).
     ``onnx``    ``(g, *args, **kwargs) -> value``; ``g.Gelu(x, approximate="none")`` emits a node (backends/onnx.py).
     ``lower``   ``(lowering, node) -> QValue``: integer form, used by passes/lower.py; None keeps the op a float island.
+    ``bounds``  the same arguments with Intervals for tensors -> Bounds (kdlsq_fx/range_analysis.py); ValueError where
+                none can be given. None: data movers pass their operand's interval on, others have that of their dtype.
     ``why_float``  the reason printed for the island when ``lower`` is None.
     ``sample``  ``() -> (args, kwargs)``: from it all tests of the op are made.
     """
@@ -54,6 +58,7 @@ class Op:
     numpy: Callable[..., Any] | None = None
     onnx: Callable[..., Any] | None = None
     lower: Callable[..., Any] | None = None
+    bounds: Callable[..., Bounds] | None = None
     why_float: str = ""
     sample: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,58 @@ from numpy.typing import NDArray
 
 from kdlsq_fx.errors import LoweringError
 
+Array = NDArray[Any]
 INT32_MAX = 2**31 - 1
 FLOAT32_EXACT = 2**24
 FLOAT64_EXACT = 2**53
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Integers ``lo <= v <= hi`` that a tensor can hold.
+
+    ``sizes``: the largest length of each of its dimensions, None where nothing bounds it. ``values``: the integers
+    themselves where the tensor is a constant.
+    """
+
+    lo: int
+    hi: int
+    sizes: tuple[int | None, ...] = ()
+    values: Array | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Something inside a primitive that lies in ``low..high`` and must lie in ``least..limit``.
+
+    ``least`` None stands for ``-limit``: an accumulator or an intermediate. With ``least`` it is a condition on a
+    constant, an index or a count.
+    """
+
+    name: str
+    low: int
+    high: int
+    limit: int
+    least: int | None = None
+
+    @property
+    def fits(self) -> bool:
+        least = -self.limit if self.least is None else self.least
+        return least <= self.low and self.high <= self.limit
+
+    @property
+    def largest(self) -> int:
+        """The largest magnitude."""
+        return max(abs(self.low), abs(self.high))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What an op's rule says: its result lies in ``lo..hi`` if all that is inside it fits."""
+
+    lo: int
+    hi: int
+    inside: tuple[Bound, ...] = ()
 
 
 def magnitude(lo: int, hi: int, zero_point: int = 0) -> int:

@@ -9,8 +9,9 @@ from torch import fx
 
 from .errors import CaptureError, VerifyError
 from .graph import computes_floats, fetch, root, site_of
+from .integer_only import float_nodes
 from .op import op_of
-from .ranges import INT32_MAX
+from .range_analysis import analyse_ranges
 
 STAGES = ("float", "qat", "qdq", "int")
 
@@ -20,7 +21,8 @@ def verify(gm: fx.GraphModule, *, after_pass: str = "") -> None:
 
     Every stage: each call is a declared op and each site is unique. float: no quantizer. qat: no quantizer reads a
     quantizer. qdq: no module is left; scales are finite and positive; a dequantize undoes the quantize before it with
-    the same scale and zero point. int: every float op is a listed island; no bound of an accumulator passes 32 bits.
+    the same scale and zero point. int: every float op is a listed island, and none is left where the
+    graph is marked integer_only; no accumulator and no intermediate of a primitive can overflow.
     """
     stage = gm.meta.get("stage")
     if stage not in STAGES:
@@ -35,6 +37,8 @@ def verify(gm: fx.GraphModule, *, after_pass: str = "") -> None:
             raise VerifyError("two nodes have this site", where=site, do=f"give new nodes no site ({after_pass})")
         seen.add(site)
         CHECKS[stage](gm, node, after_pass)
+    if stage == "int":
+        _check_integers(gm, after_pass)
 
 
 def _declared(node: fx.Node, after_pass: str) -> None:
@@ -94,10 +98,26 @@ def _check_qdq(gm: fx.GraphModule, node: fx.Node, after_pass: str) -> None:
 def _check_int(gm: fx.GraphModule, node: fx.Node, after_pass: str) -> None:
     if node.op == "call_module":
         raise VerifyError("a module is left in an int graph", where=site_of(node), do=f"look at pass {after_pass}")
-    if node.kwargs.get("bound", 0) > INT32_MAX:  # type: ignore[operator]
-        raise VerifyError(f"an accumulator can reach {node.kwargs['bound']}", where=site_of(node), do="see ranges.py")
     if computes_floats(node) and site_of(node) not in gm.meta["may_be_float"]:
         raise VerifyError("a float op is no listed island", where=site_of(node), do=f"look at pass {after_pass}")
+
+
+def _check_integers(gm: fx.GraphModule, after_pass: str) -> None:
+    """What only the whole graph shows: that integer_only is true, and that nothing overflows."""
+    floats = float_nodes(gm) if gm.meta.get("integer_only") else []
+    if floats:
+        raise VerifyError(
+            f"the graph is said to be integer-only, yet {len(floats)} nodes make floats",
+            where=site_of(floats[0]),
+            do=f"look at pass {after_pass}",
+        )
+    broken = analyse_ranges(gm).broken
+    if broken:
+        raise VerifyError(
+            f"{broken[0]} ({len(broken)} such bounds in the graph)",
+            where=broken[0].site,
+            do=f"an overflow would go unseen: look at pass {after_pass}, or use fewer bits at this site",
+        )
 
 
 CHECKS: dict[str, Callable[[fx.GraphModule, fx.Node, str], None]] = {

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from kdlsq_fx.op import Op, declare
+from kdlsq_fx.ops.bounds_integer import add_bounds, requantize_bounds
+from kdlsq_fx.ops.emit_integer import emit_add, emit_requantize
 from kdlsq_fx.ops.qdq import along, container, torch_container
 
 Array = NDArray[Any]
@@ -164,6 +166,8 @@ REQUANTIZE = declare(
         target=requantize,
         sig="int, int, int -> code",
         numpy=numpy_requantize,
+        onnx=emit_requantize,
+        bounds=requantize_bounds,
         sample=lambda: ((random_acc(3, 8), torch.arange(2**30, 2**30 + 8), torch.arange(50, 58), 3, -128, 127), {}),
     )
 )
@@ -173,6 +177,8 @@ INT_ADD = declare(
         target=int_add,
         sig="int, int -> code",
         numpy=numpy_int_add,
+        onnx=emit_add,
+        bounds=add_bounds,
         sample=lambda: (
             ([random_acc(3, 8), random_codes(3, 8)], [2**20, 2**29], [0, 5], 30, 0, -(2**21), 2**21 - 1),
             {},

@@ -5,6 +5,7 @@ docs/integer_primitives.md is the specification; both forms of the integer op fo
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from kdlsq_fx.errors import LoweringError
 from kdlsq_fx.graph import site_of
 from kdlsq_fx.lowering import Grid, Lowering, QValue, StaysFloat
 from kdlsq_fx.op import Op, declare
+from kdlsq_fx.ops.bounds_nonlinear import gelu_bounds
+from kdlsq_fx.ops.emit_integer_curves import emit_gelu
 from kdlsq_fx.ops.fixed_point import dyadic, numpy_round_shift, random_codes, round_shift
 from kdlsq_fx.ops.lower_rules import on_grid
 from kdlsq_fx.ops.qdq import container, torch_container
@@ -153,7 +156,17 @@ def _int_sample() -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (x, 5, *gelu_constants(2e-4, 0.03), -100, -128, 127), {}
 
 
-INT_GELU = declare(Op(name="int_gelu", target=int_gelu, sig="code -> code", numpy=numpy_int_gelu, sample=_int_sample))
+INT_GELU = declare(
+    Op(
+        name="int_gelu",
+        target=int_gelu,
+        sig="code -> code",
+        numpy=numpy_int_gelu,
+        onnx=functools.partial(emit_gelu, knee=B, height=C, fraction=FRACTION),
+        bounds=functools.partial(gelu_bounds, knee=B, height=C, fraction=FRACTION),
+        sample=_int_sample,
+    )
+)
 POLYNOMIAL_GELU = declare(
     Op(
         name="polynomial_gelu",

@@ -5,19 +5,24 @@ docs/integer_primitives.md is the specification; both forms follow it step by st
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdlsq_fx.errors import InputError
 from kdlsq_fx.op import Op, declare
+from kdlsq_fx.ops.bounds_nonlinear import mean_bounds
+from kdlsq_fx.ops.emit_integer_curves import emit_mean
 from kdlsq_fx.ops.fixed_point import MULTIPLIER_BITS, dyadic, numpy_round_divide, random_codes, round_divide
 from kdlsq_fx.ops.qdq import container, torch_container
 
 Array = NDArray[Any]
 PRODUCT_BITS = 61
 FEWEST_BITS = 12
+LONGEST = 2**20
 
 
 def mean_constants(scale_x: float, scale_out: float, length: int, magnitude: int) -> tuple[int, int]:
@@ -44,8 +49,10 @@ def int_mean(
 ) -> torch.Tensor:
     """Codes ``[batch, length, width]`` to codes ``[batch, width]``: the mean over tokens where ``keep`` is True.
 
-    ``keep``: bool ``[batch, length]``. A text without a kept token gives ``zero_point``.
+    ``keep``: bool ``[batch, length]``. A text without a kept token gives ``zero_point``. InputError for more than
+    2**20 tokens.
     """
+    _demand_length(x.shape[1])
     kept = keep[:, :, None]
     total = ((x.to(torch.int64) - x_zero_point) * kept).sum(1)
     count = kept.sum(1).clamp_(min=1)
@@ -57,6 +64,7 @@ def numpy_int_mean(
     x: Array, keep: Array, x_zero_point: int, multiplier: int, shift: int, zero_point: int, qmin: int, qmax: int
 ) -> Array:
     """:func:`int_mean` in NumPy: the zero point is taken off the sum, not off each code."""
+    _demand_length(x.shape[1])
     count = np.count_nonzero(keep, axis=1)[:, None].astype(np.int64)
     total = np.sum(x, axis=1, dtype=np.int64, where=keep[:, :, None]) - count * x_zero_point
     q = numpy_round_divide(total * np.int64(multiplier), np.maximum(count, 1) << shift) + zero_point
@@ -68,4 +76,19 @@ def _sample() -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (random_codes(3, 5, 7), keep, -4, *mean_constants(0.02, 0.01, 5, 132), 1, -128, 127), {}
 
 
-INT_MEAN = declare(Op(name="int_mean", target=int_mean, sig="code, mask -> code", numpy=numpy_int_mean, sample=_sample))
+def _demand_length(length: int) -> None:
+    if length > LONGEST:
+        raise InputError(f"a mean over {length} tokens can overflow", do=f"use at most {LONGEST} tokens")
+
+
+INT_MEAN = declare(
+    Op(
+        name="int_mean",
+        target=int_mean,
+        sig="code, mask -> code",
+        numpy=numpy_int_mean,
+        onnx=emit_mean,
+        bounds=functools.partial(mean_bounds, longest=LONGEST),
+        sample=_sample,
+    )
+)

@@ -5,6 +5,7 @@ docs/integer_primitives.md is the specification; both forms of the integer op fo
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from kdlsq_fx.errors import LoweringError
 from kdlsq_fx.graph import site_of
 from kdlsq_fx.lowering import Grid, Lowering, QValue, StaysFloat, array
 from kdlsq_fx.op import Op, declare
+from kdlsq_fx.ops.bounds_nonlinear import layer_norm_bounds
+from kdlsq_fx.ops.emit_integer_curves import emit_layer_norm
 from kdlsq_fx.ops.fixed_point import (
     numpy_round_divide,
     numpy_round_shift,
@@ -345,6 +348,8 @@ INT_LAYER_NORM = declare(
         target=int_layer_norm,
         sig="code, int, int -> code",
         numpy=numpy_int_layer_norm,
+        onnx=functools.partial(emit_layer_norm, sqrt_steps=SQRT_STEPS),
+        bounds=functools.partial(layer_norm_bounds, t_max=T_MAX, squares=squares_bound),
         sample=_int_sample,
     )
 )

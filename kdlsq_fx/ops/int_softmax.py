@@ -21,6 +21,8 @@ from kdlsq_fx.graph import site_of
 from kdlsq_fx.lowering import Grid, Lowering, QValue
 from kdlsq_fx.masks import masked_scores
 from kdlsq_fx.op import Op, declare
+from kdlsq_fx.ops.bounds_nonlinear import softmax_bounds
+from kdlsq_fx.ops.emit_integer_curves import emit_softmax
 from kdlsq_fx.ops.fixed_point import (
     dyadic,
     numpy_round_divide,
@@ -138,7 +140,7 @@ def numpy_int_softmax(
     """:func:`int_softmax` in NumPy."""
     _demand_length(x.shape[-1])
     there = np.True_ if keep is None else keep
-    top = np.max(x, axis=-1, keepdims=True, initial=INT32_MIN, where=there)
+    top = np.max(x, axis=-1, keepdims=True, initial=np.iinfo(x.dtype).min, where=there)
     below = np.maximum(np.subtract(top, x, dtype=np.int64), 0)  # below 0 only where a key is masked
     d = numpy_round_shift(np.minimum(below, limit) * np.int64(multiplier), shift)
     if table is None:
@@ -280,6 +282,10 @@ INT_SOFTMAX = declare(
         target=int_softmax,
         sig="int, mask, int -> code",
         numpy=numpy_int_softmax,
+        onnx=functools.partial(emit_softmax, last_step=(TABLE_LAST, POLYNOMIAL_LAST), exponential=(LN2, A, B, C)),
+        bounds=functools.partial(
+            softmax_bounds, i_exp=numpy_i_exp, lasts=(TABLE_LAST, POLYNOMIAL_LAST), longest=LONGEST
+        ),
         sample=_int_sample,
     )
 )

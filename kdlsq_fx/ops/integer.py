@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from kdlsq_fx.errors import InputError
 from kdlsq_fx.op import Op, declare
+from kdlsq_fx.ops.bounds_integer import conv1d_bounds, embedding_bounds, linear_bounds, lookup_bounds, matmul_bounds
+from kdlsq_fx.ops.emit_integer import emit_conv1d, emit_embedding, emit_linear, emit_lookup, emit_matmul
 from kdlsq_fx.ops.fixed_point import dyadic, int_add, random_acc, random_codes, requantize, round_shift
 from kdlsq_fx.ranges import INT32_MAX, gemm_dtype, product_bound
 
@@ -166,6 +168,8 @@ INT_LINEAR = declare(
         target=int_linear,
         sig="code, code, int -> int",
         numpy=numpy_int_linear,
+        onnx=emit_linear,
+        bounds=linear_bounds,
         sample=lambda: ((random_codes(2, 3, 16), random_codes(5, 16), random_acc(5) // 4, -3), {}),
     )
 )
@@ -175,6 +179,8 @@ INT_MATMUL = declare(
         target=int_matmul,
         sig="code, code -> int",
         numpy=numpy_int_matmul,
+        onnx=emit_matmul,
+        bounds=matmul_bounds,
         sample=lambda: ((random_codes(2, 3, 4, 16), random_codes(2, 3, 16, 5), 7, -7), {}),
     )
 )
@@ -184,6 +190,8 @@ INT_CONV1D = declare(
         target=int_conv1d,
         sig="code, code, int -> int",
         numpy=numpy_int_conv1d,
+        onnx=emit_conv1d,
+        bounds=conv1d_bounds,
         sample=lambda: ((random_codes(2, 6, 9), random_codes(4, 3, 3), random_acc(4) // 4, [2], [1], [1], 2, 5), {}),
     )
 )
@@ -193,6 +201,8 @@ INT_EMBEDDING = declare(
         target=int_embedding,
         sig="code, ids -> code",
         numpy=numpy_int_embedding,
+        onnx=emit_embedding,
+        bounds=embedding_bounds,
         sample=lambda: ((random_codes(11, 4), torch.tensor([[0, 10, 3]])), {}),
     )
 )
@@ -202,6 +212,8 @@ LOOKUP = declare(
         target=lookup,
         sig="code, code -> code",
         numpy=numpy_lookup,
+        onnx=emit_lookup,
+        bounds=lookup_bounds,
         sample=lambda: ((random_codes(3, 5), random_codes(256), -128), {}),
     )
 )

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdlsq_fx.op import Op, declare
+from kdlsq_fx.ops.bounds_integer import quantize_bounds
 
 CONTAINERS = (("int8", -(2**7), 2**7 - 1), ("uint8", 0, 2**8 - 1), ("int16", -(2**15), 2**15 - 1))
 FLOAT32_INTEGERS = 2**24
@@ -82,7 +83,14 @@ def _codes_sample() -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 QUANTIZE = declare(
-    Op(name="quantize", target=quantize, sig="float, float -> code", numpy=numpy_quantize, sample=_grid_sample)
+    Op(
+        name="quantize",
+        target=quantize,
+        sig="float, float -> code",
+        numpy=numpy_quantize,
+        bounds=quantize_bounds,
+        sample=_grid_sample,
+    )
 )
 DEQUANTIZE = declare(
     Op(name="dequantize", target=dequantize, sig="code, float -> float", numpy=numpy_dequantize, sample=_codes_sample)
