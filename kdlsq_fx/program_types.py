@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from .graph import fetch
+from .integer_only import dtype_of, float_nodes
 from .op import op_of
 from .run_int import OPS
 
@@ -79,15 +80,8 @@ def output_row(gm: fx.GraphModule, name: str, node: Any, symbols: Symbols) -> di
 
 
 def is_integer_only(gm: fx.GraphModule) -> bool:
-    """True where run_int.py runs the program: integers all the way, but for the ``dequantize`` of the results."""
-    (out,) = gm.graph.find_nodes(op="output")
-    return all(_is_integer(gm, n, out) for n in gm.graph.nodes if n.op not in ("get_attr", "output"))
-
-
-def _is_integer(gm: fx.GraphModule, node: fx.Node, out: fx.Node) -> bool:
-    op = op_of(node)
-    if op is not None and op.name not in OPS:
-        return False
-    if op is not None and op.name == "dequantize":
-        return set(node.users) <= {out}
-    return "float" not in str(type_of(gm, node, Symbols(node.graph)))
+    """True where run_int.py runs the program: integers all the way but for the ``dequantize`` of the results, ops that
+    it has, and a type known for every row (a program of format 1 has none)."""
+    rows = [n for n in gm.graph.nodes if n.op not in ("get_attr", "output")]
+    ops = [op.name for n in rows if (op := op_of(n)) is not None]
+    return not float_nodes(gm) and all(dtype_of(n) is not None for n in rows) and set(ops) <= OPS.keys()

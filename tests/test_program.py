@@ -51,7 +51,7 @@ def test_a_loaded_program_gives_the_same_results(folder: Path) -> None:
 
 def test_saving_again_gives_the_same_files(folder: Path, tmp_path: Path) -> None:
     from_pretrained(folder).save_pretrained(tmp_path)
-    for name in (PROGRAM, WEIGHTS, "kdlsq.json"):
+    for name in (PROGRAM, WEIGHTS, "kdlsq.json", "run_int.py"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
@@ -116,6 +116,22 @@ def test_a_later_format(copied: Path) -> None:
     edit(copied, lambda p: p.update(format=99))
     with pytest.raises(CheckpointError, match="format 99"):
         load_program(copied)
+
+
+def test_format_1_is_read_and_is_nothing_for_the_runner(copied: Path, folder: Path, tmp_path: Path) -> None:
+    def change(program: Any) -> None:
+        program.update(format=1, outputs=[row["value"] for row in program["outputs"]])
+        for row in program["nodes"]:
+            for key in ("dtype", "shape", "parts"):
+                row.pop(key, None)
+        del program["inputs"], program["integer_only"]
+
+    edit(copied, change)
+    old, new = ReferenceModel(load_program(copied)), ReferenceModel(load_program(folder))
+    assert (old(**DATA)[0] == new(**DATA)[0]).all()
+    save_program(load_program(copied), tmp_path / "again")
+    assert json.loads((tmp_path / "again" / PROGRAM).read_text())["integer_only"] is False
+    assert json.loads((folder / PROGRAM).read_text())["integer_only"] is True
 
 
 def test_missing_files(copied: Path) -> None:

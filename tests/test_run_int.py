@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -200,6 +201,11 @@ def small() -> Any:
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[int, int], dict[str, torch.Tensor]]]] = {
     "small": (small, small_batch),
     "bert": (lambda: converted("W8E8A8-int", "reference"), batch),
+    "zero points": (lambda: converted("W4E4A4-lsq+-int", "reference"), batch),
+    "channels": (lambda: converted("W2-channels-int", "reference"), batch),
+    "roberta": (lambda: converted("W8E8A8-int", "reference", "roberta"), batch),
+    "albert": (lambda: converted("W8E8A8-int", "reference", "albert"), batch),
+    "squeezebert": (lambda: converted("W8E8A8-int", "reference", "squeezebert"), batch),
 }
 
 
@@ -207,7 +213,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[int, int], dict[str, torch.
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Path]:
     """(kind, the integer model, its folder)."""
     model = MODELS[request.param][0]()
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp(request.param.replace(" ", "_"))
     model.save_pretrained(folder)
     return request.param, model, folder
 
@@ -217,6 +223,10 @@ def copied(tmp_path: Path) -> Path:
     """A folder of the small model, to damage."""
     small().save_pretrained(tmp_path / "int")
     return tmp_path / "int"
+
+
+def inputs_of(model: Any, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: data[name] for name in model.input_names}
 
 
 def both(model: Any, data: dict[str, torch.Tensor], program: run_int.Program) -> tuple[Any, ...]:
@@ -239,7 +249,7 @@ def test_outputs_and_codes_are_the_references(
     saved: tuple[str, Any, Path], rows: int, length: int, exact: bool
 ) -> None:
     kind, model, folder = saved
-    data = MODELS[kind][1](rows, length)
+    data = inputs_of(model, MODELS[kind][1](rows, length))
     want, want_sites, got, got_sites = both(model, data, run_int.load(folder, exact))
     assert list(got_sites) == list(want_sites) and len(got_sites) >= 3
     for site, codes in want_sites.items():
@@ -252,14 +262,14 @@ def test_outputs_and_codes_are_the_references(
 def test_the_file_states_types_and_grids(saved: tuple[str, Any, Path]) -> None:
     kind, model, folder = saved
     text = json.loads((folder / PROGRAM).read_text())
-    data = MODELS[kind][1](3, 8)
+    data = inputs_of(model, MODELS[kind][1](3, 8))
     assert text["integer_only"] and [row["name"] for row in text["inputs"]] == list(model.input_names)
     program = run_int.load(folder)
     real, codes = program(**arrays(data)), program(codes=True, **arrays(data))
     for row in text["outputs"]:
         assert codes[row["name"]].dtype.kind == "i"
-        again = codes[row["name"]].astype(np.float32) * np.float32(row["scale"])
-        assert row["zero_point"] == 0 and real[row["name"]].dtype == row["dtype"]
+        again = (codes[row["name"]].astype(np.float32) - row["zero_point"]) * np.float32(row["scale"])
+        assert real[row["name"]].dtype == row["dtype"]
         np.testing.assert_array_equal(again, real[row["name"]])
     sizes = {"batch": 3, "length": 8}
     values: dict[str, Any] = {}
@@ -298,7 +308,7 @@ def alone(*args: object) -> subprocess.CompletedProcess[str]:
 
 def test_the_folder_runs_by_itself(saved: tuple[str, Any, Path], tmp_path: Path) -> None:
     kind, model, folder = saved
-    data = MODELS[kind][1](4, 9)
+    data = inputs_of(model, MODELS[kind][1](4, 9))
     np.savez(tmp_path / "in.npz", **arrays(data))
     files = ("--input", tmp_path / "in.npz", "--output", tmp_path / "out.npz", "--sites", tmp_path / "sites.npz")
     done = alone(folder / "run_int.py", folder, *files, "--show")
@@ -428,3 +438,10 @@ def test_too_long_an_inner_product_is_refused() -> None:
     assert run_int.int_matmul(ones, ones.T, a_max=2**14, b_max=2**14) == 5
     with pytest.raises(ProgramError, match="32 bits"):
         run_int.int_matmul(ones, ones.T, a_max=2**15, b_max=2**15)
+
+
+def test_the_page_names_every_op_and_its_example_is_right() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "integer_format.md").read_text(encoding="utf-8")
+    spoken_of = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", page))))
+    assert {name.removesuffix("_tensor") for name in run_int.OPS} <= spoken_of
+    assert run_int.requantize(np.int32(-20123), 1639065329, 39, 0, -127, 127) == -60
