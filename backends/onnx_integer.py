@@ -91,6 +91,10 @@ def export_integer(
     """
     if gm.meta.get("stage") != "int":
         raise ConfigError(f"a {gm.meta.get('stage')} graph holds floats", do="export an int graph: convert(qat)")
+    if any("val" not in n.meta for n in gm.graph.find_nodes(op="placeholder")):
+        raise ConfigError(
+            "a program that was read from a folder lacks the sizes", do="export the qat folder it is from"
+        )
     _demand_integers(gm)
     emitter = IntegerEmitter(gm, dialect_of("spec"), shown, False, GridBuilder())
     emitter.run(list(input_names), list(output_names))
@@ -149,7 +153,7 @@ def floats_of(model: onnx.ModelProto) -> list[str]:
     graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
     dtypes = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output, *graph.value_info)}
     dtypes.update({t.name: t.data_type for t in graph.initializer})
-    harmless = {v.name for v in graph.output}  # names of floats that nothing but a result is made of
+    harmless = {v.name for v in graph.output if dtypes[v.name] in FLOATS}  # floats that only a result is made of
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
@@ -171,7 +175,7 @@ def floats_of(model: onnx.ModelProto) -> list[str]:
 
 
 class OnnxIntegerCodes:
-    """An int model as an integer ONNX file with its codes in sight: ``compare(int_model, OnnxIntegerCodes(int_model), batch)``.
+    """An int model as an integer ONNX file with its codes in sight: ``compare(model, OnnxIntegerCodes(model), batch)``.
 
     The file cannot be fed codes from elsewhere, so what ``compare`` calls "same codes" is end to end here; the two are
     the same where nothing differs, which is what this is for.
