@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -102,22 +103,30 @@ def convert(
 
 
 def export_onnx(qat: QuantModel, path: str | Path, *, target: str = "ort-cpu", passes: Iterable[Pass] = ()) -> Any:
-    """Write the trained graph as ONNX QDQ for a runtime; returns what the exporter reports (kernels, sizes).
+    """Write the trained graph as ONNX for a runtime; returns what the exporter reports (kernels, sizes).
 
-    The quantizers in the file are those that were trained, at their trained scales; nothing is added or dropped.
-    Raises CalibrationError before calibration, CheckpointError where ``path`` cannot be written.
+    ``target``: ``"ort-cpu"`` and ``"spec"`` write QDQ, whose quantizers are those that were trained, at their trained
+    scales; nothing is added or dropped. ``"integer"`` lowers as ``convert`` does and writes integer operators only,
+    equal to the reference backend bit for bit; it needs an ``-int`` preset. It takes a converted model, too.
+    Raises CalibrationError before calibration, CheckpointError where ``path`` cannot be written, LoweringError where an
+    integer file would hold floats.
     """
     from .backends.onnx import export
+    from .backends.onnx_integer import TARGET, export_integer
 
-    qdq = qat if isinstance(qat, QuantModel) and qat.stage in ("qdq", "float") else freeze_qat(qat, passes=passes)
-    outputs = qdq.output_names or tuple(f"output_{i}" for i in range(len(output_args(qdq.gm.graph))))
-    metadata = {"qconfig": json.dumps(qdq.qconfig.to_dict()), "model_class": qdq.model_class, "stage": qdq.stage}
-    return export(
-        qdq.gm,
+    if target == TARGET:
+        ready = isinstance(qat, QuantModel) and qat.stage == "int"
+        model = qat if ready else _derive(qat, [drop_dropout, freeze, lower], passes, stop_after=None, trace=None)
+    else:
+        ready = isinstance(qat, QuantModel) and qat.stage in ("qdq", "float")
+        model = qat if ready else freeze_qat(qat, passes=passes)
+    write: Any = export_integer if target == TARGET else functools.partial(export, target=target)
+    metadata = {"qconfig": json.dumps(model.qconfig.to_dict()), "model_class": model.model_class, "stage": model.stage}
+    return write(
+        model.gm,
         path,
-        target=target,
-        input_names=qdq.input_names,
-        output_names=outputs,
+        input_names=model.input_names,
+        output_names=model.output_names or tuple(f"output_{i}" for i in range(len(output_args(model.gm.graph)))),
         metadata={**metadata, **versions()},
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from kdlsq_fx.errors import CheckpointError, ConfigError, InputError, KdlsqError
 
+TARGETS = ("ort-cpu", "spec", "integer")  # those of backends/onnx_dialects.py, which takes long to import
 DATA_HELP = (
     "folder in GLUE's layout (train.tsv, dev.tsv; columns sentence[, sentence2], label|score), or a datasets name"
 )
@@ -82,7 +83,7 @@ def _train(commands: Any) -> None:
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the matrix products in training")
     p.add_argument("--no-teacher", action="store_true", help="train on the labels alone (plain QAT)")
     p.add_argument("--gold", action="store_true", help="add the labels' own loss to the distillation")
-    p.add_argument("--target", default="ort-cpu", help="runtime that the ONNX file is for")
+    p.add_argument("--target", default="ort-cpu", choices=TARGETS, help="what the ONNX file is for")
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -141,7 +142,7 @@ def _export(commands: Any) -> None:
     p = _command(commands, "export", run_export, "write a trained qat folder as an ONNX file")
     p.add_argument("qat", type=Path, help="folder written by train or save_pretrained")
     p.add_argument("file", type=Path, help="the .onnx file to write")
-    p.add_argument("--target", default="ort-cpu", help="runtime that the file is for")
+    p.add_argument("--target", default="ort-cpu", choices=TARGETS, help="runtime, or integer: no floats (-int presets)")
 
 
 def run_export(args: argparse.Namespace) -> int:

@@ -163,6 +163,7 @@ class Lowering:
             table = self.store(after, "scale", scale[:, None], exact=unused_name(self.gm, _attribute(site, "scale")))
             rows = BY_NAME["int_embedding"].target
             factor = self.call(after, rows, table, value.rows, dtype=torch.float32, site=f"{site}/scale")
+            factor.meta["val"] = value.rows.meta["val"].unsqueeze(-1).to(torch.float32)  # one scale a row
         target = BY_NAME["dequantize"].target
         made = self.call(
             after, target, value.node, factor, value.zero_point, value.axis, dtype=torch.float32, site=site

@@ -112,7 +112,9 @@ def _multiplier(lowering: Lowering, node: fx.Node, term: QValue, factor: Array, 
     if term.rows is not None:
         table = lowering.store(node, f"multiplier_{index}", torch.from_numpy(factor)[:, None])
         site = f"{site_of(node)}/rows_{index}"
-        return lowering.call(node, int_embedding, table, term.rows, dtype=torch.int64, site=site)
+        made = lowering.call(node, int_embedding, table, term.rows, dtype=torch.int64, site=site)
+        made.meta["val"] = term.rows.meta["val"].unsqueeze(-1).to(torch.int64)  # one number a row
+        return made
     if term.is_per_tensor:
         return int(factor)
     if term.axis not in (-1, None):
