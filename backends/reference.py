@@ -21,7 +21,16 @@ from ..ranges import gemm_dtype
 
 Array = NDArray[Any]
 CodeHook = Callable[[str, Any], Any]
-CODE_OPS = ("quantize", "requantize", "int_add", "lookup")
+CODE_OPS = (
+    "quantize",
+    "requantize",
+    "int_add",
+    "lookup",
+    "int_softmax",
+    "int_layer_norm",
+    "int_gelu",
+    "int_mean",
+)
 
 
 @dataclass(frozen=True)

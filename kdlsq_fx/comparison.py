@@ -21,7 +21,16 @@ from .report import columns
 Array = NDArray[Any]
 CodeHook = Callable[[str, Any], Any]
 Run = Callable[[Mapping[str, Any], CodeHook], Any]
-CODE_OPS = ("quantize", "requantize", "int_add", "lookup")
+CODE_OPS = (
+    "quantize",
+    "requantize",
+    "int_add",
+    "lookup",
+    "int_softmax",
+    "int_layer_norm",
+    "int_gelu",
+    "int_mean",
+)
 
 
 @dataclass

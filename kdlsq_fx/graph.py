@@ -12,10 +12,19 @@ from torch import fx, nn
 
 from .op import is_float, is_tensor, op_of, tensor_args
 
+EXACT = ("linear", "matmul", "bmm", "conv1d", "embedding")  # on codes their results are integers: nothing to round
+
 
 def site_of(node: fx.Node) -> str:
     """``module.path/op``, unique in its graph; the node's own name before sites are assigned."""
     return str(node.meta.get("site", node.name))
+
+
+def op_label(node: fx.Node) -> str:
+    """The op a rule speaks of: what stood at this site in the float graph, whatever a pass put there since."""
+    op = op_of(node)
+    label = re.sub(r":\d+$", "", str(node.meta["site"]).rpartition("/")[2]) if "site" in node.meta else ""
+    return label or (op.name if op else "")
 
 
 def module_path(node: fx.Node) -> str:

@@ -112,8 +112,7 @@ def _integer(choice: _Choice) -> tuple[Rule, ...]:
         _rule("**.embeddings.**", "add", "sum of embeddings: 16 bits, rounded once", act=choice.act, wide=sum16),
         _rule("**", "add", "residual sum: 22 bits, rounded once", act=choice.act, wide=norm22),
         _rule("**", "layer_norm", "22 bits enter, A bits leave", act=choice.act, wide=norm22),
-        _rule("**", "softmax", "accumulators enter, A unsigned bits leave", act=choice.act),
-        _rule("**", "masked_softmax", "accumulators enter, A unsigned bits leave", act=choice.act),
+        _rule("**", "softmax", "accumulators (sums: 16 bits) enter, A unsigned bits leave", act=choice.act, wide=sum16),
     ]
     pointwise = ("gelu", "tanh", "relu", "silu", "sigmoid", "mul", "div", "sub", "mean")
     return (*rules, *(_rule("**", op, "A bits in and out", act=choice.act) for op in pointwise))

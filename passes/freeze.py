@@ -8,17 +8,18 @@ import torch
 from torch import fx, nn
 
 from ..errors import CalibrationError
-from ..graph import fetch, module_path, put, site_of, unused_name
+from ..graph import EXACT, fetch, module_path, op_label, put, root, site_of, unused_name
 from ..lsq import BiasGrid, Lsq
-from ..op import op_of
-from ..ops.qat import bias_grid
+from ..op import op_of, tensor_args
+from ..ops.int_norm import integer_layer_norm
+from ..ops.qat import bias_grid, norm_on_grid
 from ..ops.qdq import dequantize, quantize, torch_container
 from ..pipeline import graph_pass
 
 
 @graph_pass("qat->qdq")
 def freeze(gm: fx.GraphModule) -> None:
-    """lsq(x) -> dequantize(quantize(x)); lsq(w) -> dequantize(codes); bias_grid(b) -> dequantize(codes)
+    """lsq(x) -> dequantize(quantize(x)); lsq(w), bias_grid(b) -> dequantize(codes); norm_on_grid -> integer_layer_norm
 
     The graph computes what qat computes in eval mode, bit for bit. Raises CalibrationError for a quantizer without a
     scale, and for a weight or scale that is not finite.
@@ -30,9 +31,14 @@ def freeze(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target is bias_grid:
             _freeze_bias(gm, node, names)
+        elif node.op == "call_function" and node.target is norm_on_grid:
+            _freeze_norm(gm, node, names)
     for node in list(gm.graph.nodes):
         if (op := op_of(node)) is not None and op.name == "lsq":
             _freeze_quantizer(gm, node, names)
+    if gm.meta["qconfig"].placement == "integer":
+        for node in gm.graph.find_nodes(op="call_function", target=quantize):
+            _hoist(node)
     gm.graph.eliminate_dead_code()
     drop_unused(gm)
 
@@ -59,6 +65,38 @@ def _freeze_quantizer(gm: fx.GraphModule, node: fx.Node, names: dict[str, str]) 
     new = _call(gm, node, dequantize, (codes, scale, zero_point, axis), _undone(site_of(node)), torch.float32)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
+
+
+def _hoist(node: fx.Node) -> None:
+    """quantize(view(x)) -> view(quantize(x)): a function of codes is completed by the quantizer right behind it.
+
+    RoBERTa's head selects the first token, drops out and quantizes; LayerNorm's integers wait for that quantizer.
+    """
+    moved: fx.Node = node.args[0]  # type: ignore[assignment]
+    base = root(moved)
+    if base is moved or base.op != "call_function" or op_label(base) in EXACT or node.args[5] is not None:
+        return
+    with node.graph.inserting_after(base):
+        early = node.graph.call_function(quantize, (base, *node.args[1:]))
+    early.meta = dict(node.meta) | {"val": base.meta["val"].detach().to(node.meta["val"].dtype)}
+    for constant in (a for a in node.args[1:] if isinstance(a, fx.Node)):
+        if early < constant:  # the scale was read in front of ``node``
+            early.prepend(constant)
+    node.replace_all_uses_with(_moved(node, moved, base, early))
+    node.graph.erase_node(node)
+
+
+def _moved(node: fx.Node, moved: fx.Node, base: fx.Node, codes: fx.Node) -> fx.Node:
+    """The movers between ``base`` and ``moved``, copied in front of ``node`` to move ``codes``."""
+    if moved is base:
+        return codes
+    source = tensor_args(moved)[0]
+    below = _moved(node, source, base, codes)
+    with node.graph.inserting_before(node):
+        copy = node.graph.node_copy(moved, lambda n: below if n is source else n)
+    copy.meta = {k: v for k, v in moved.meta.items() if k != "site"}
+    copy.meta["val"] = moved.meta["val"].detach().to(codes.meta["val"].dtype)
+    return copy
 
 
 def _demand_ready(lsq: Lsq, node: fx.Node) -> None:
@@ -119,6 +157,18 @@ def _freeze_bias(gm: fx.GraphModule, node: fx.Node, names: dict[str, str]) -> No
     axis = 0 if scale.meta["val"].ndim else None
     new = _call(gm, node, dequantize, (codes, scale, 0, axis), f"{site_of(node)}/dq", torch.float32)
     new.meta["scale_product"] = tuple(_scale(gm, node, str(a.target), names).target for a in node.args[1:3])  # type: ignore[union-attr]
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+
+
+def _freeze_norm(gm: fx.GraphModule, node: fx.Node, names: dict[str, str]) -> None:
+    """The quantizer that a LayerNorm asks for its grid becomes its scale and range."""
+    *args, source = node.args
+    target = str(source.target)  # type: ignore[union-attr]
+    lsq = fetch(gm, target)
+    _demand_ready(lsq, node)
+    grid = (_scale(gm, node, target, names), int(lsq.qmin), int(lsq.qmax))
+    new = _call(gm, node, integer_layer_norm, (*args, *grid), site_of(node), torch.float32)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
 

@@ -8,14 +8,29 @@ import torch
 from torch import fx, nn
 
 from ..errors import ConfigError
-from ..graph import behind_dropout, constants, fetch, module_path, moves_data, output_args, plumbing, put, root, site_of
+from ..graph import (
+    EXACT,
+    behind_dropout,
+    constants,
+    fetch,
+    module_path,
+    moves_data,
+    op_label,
+    output_args,
+    plumbing,
+    put,
+    root,
+    site_of,
+)
 from ..lsq import Lsq, make_quantizer
+from ..masks import masked_scores
 from ..op import is_float, op_of, tensor_args
-from ..ops.qat import bias_grid
+from ..ops.qat import bias_grid, norm_on_grid
 from ..pipeline import graph_pass
 from ..qconfig import QConfig, QSpec, Rule
+from ..regions import Region, find_regions
 
-EXACT = ("linear", "matmul", "bmm", "conv1d", "embedding")  # their results are integers already: nothing to round
+OWN_FORM = ("masked_softmax", "polynomial_gelu")  # chosen before training by choose_integer_forms
 
 
 @dataclass
@@ -31,7 +46,10 @@ class Demand:
 
 @graph_pass("float->qat")
 def insert_quantizers(gm: fx.GraphModule) -> None:
-    """op(x, w, b) -> op(lsq(x), lsq(w), bias_grid(b)); an embedding is gathered first, then quantized"""
+    """op(x, w, b) -> op(lsq(x), lsq(w), bias_grid(b)); an embedding is gathered first, then quantized
+
+    A LayerNorm that reads a quantized value becomes ``norm_on_grid``: its statistics are those of the integers.
+    """
     qconfig: QConfig = gm.meta["qconfig"]
     demands = _demands(gm, qconfig)
     fuel = gm.meta.get("fuel")
@@ -40,18 +58,22 @@ def insert_quantizers(gm: fx.GraphModule) -> None:
     _name_copies(gm)
     for node in list(gm.graph.nodes):
         _ground_bias(gm, node)
+        _ground_norm(gm, node)
 
 
 def _demands(gm: fx.GraphModule, qconfig: QConfig) -> list[Demand]:
     """Every value some rule wants quantized, in graph order; ConfigError where two rules disagree about one."""
     moved = plumbing(gm.graph)
-    ops = [n for n in gm.graph.nodes if (op := op_of(n)) is not None and not moves_data(n) and n not in moved]
-    qconfig.check_matches([(site_of(n), op_of(n).name) for n in ops])  # type: ignore[union-attr]
+    ops = [n for n in gm.graph.nodes if op_of(n) is not None and not moves_data(n) and n not in moved]
+    qconfig.check_matches([(site_of(n), op_label(n)) for n in ops])
     heads = set() if qconfig.heads == "quantized" else _heads(gm)
     found: dict[tuple[object, str], Demand] = {}
+    regions = find_regions(gm.graph) if qconfig.placement == "integer" else []
+    joined = {n for region in regions if _want_region(region, qconfig, found) for n in region.nodes}
     for node in ops:
-        op = op_of(node)
-        rule = qconfig.find(site_of(node), op.name)  # type: ignore[union-attr]
+        if node in joined:
+            continue
+        rule = qconfig.find(site_of(node), op_label(node))
         if node in heads and rule is not None and rule.optional:
             node.meta["decision"] = ("float", "head: the papers keep the output layer in floats")
             continue
@@ -71,12 +93,15 @@ def _want(
     op = op_of(node)
     operands = tensor_args(node)
     kinds = op.signature.operands  # type: ignore[union-attr]
-    wide = "wide" in kinds and rule.wide is not None
-    if wide and any(o in moved for o in operands):  # a mask is added: part of the softmax behind it
+    if masked_scores(node) is not None:
         node.meta["decision"] = ("float", "adds the attention mask; goes with the softmax")
         return
-    got = []
+    got = [op.name] if op is not None and op.name in OWN_FORM else []
     for operand, kind in zip(operands, kinds):
+        if kind == "wide" and (masked := masked_scores(operand)) is not None:
+            reader, operand = operand, masked[0]  # noqa: PLW2901  (the mask is added behind the quantizer)
+        else:
+            reader = node
         demand = _demand(gm, operand, kind, rule, moved)
         if demand is None:
             continue
@@ -89,9 +114,25 @@ def _want(
                 where=site_of(demand.value) if demand.value.op != "get_attr" else str(demand.value.target),
                 do="give both consumers the same spec, or leave one of them float",
             )
-        known.uses.append((node, operand))
+        known.uses.append((reader, operand))
         got.append(f"{kind}:{demand.spec.quantizer}{demand.spec.bits}")
     node.meta["decision"] = (", ".join(got) or "float", rule.why or f"rule site={rule.site} op={rule.op}")
+
+
+def _want_region(region: Region, qconfig: QConfig, found: dict[tuple[object, str], Demand]) -> bool:
+    """Quantize what a region reads, once, and mark its nodes: they become one table. False where no rule asks."""
+    rules = [qconfig.find(site_of(n), op_label(n)) for n in region.nodes]
+    rule = next((r for r in rules if r is not None and r.act is not None and r.wide is None), None)
+    if rule is None:
+        return False
+    spec = rule.spec("act")
+    assert spec is not None
+    demand = found.setdefault((_identity(region.source), "act"), Demand(region.source, spec, "act", rule.why))
+    demand.uses += [(n, region.source) for n in region.nodes if region.source in n.all_input_nodes]
+    for node in region.nodes:
+        node.meta["curve"] = True
+        node.meta["decision"] = (f"act:{spec.quantizer}{spec.bits}", f"part of one table, as {site_of(region.last)}")
+    return True
 
 
 def _demand(gm: fx.GraphModule, operand: fx.Node, kind: str, rule: Rule, moved: set[fx.Node]) -> Demand | None:
@@ -108,13 +149,23 @@ def _demand(gm: fx.GraphModule, operand: fx.Node, kind: str, rule: Rule, moved: 
         kind = "prob" if producer is not None and producer.signature.result == "prob" else "act"
         spec = rule.spec(kind)
     elif kind == "wide" and (rule.wide is not None or rule.act is not None):
-        if name in EXACT or (name in ("mul", "div") and rule.wide is None):
+        if _exact(value):
             return None
         spec = rule.wide if name == "add" and rule.wide is not None else rule.spec("act") if rule.wide else None
         kind = "wide" if name == "add" else "act"
     else:
         return None
     return Demand(value, spec, kind, rule.why) if spec is not None else None
+
+
+def _exact(value: fx.Node) -> bool:
+    """An accumulator or a look-up, also times a number: integers with a scale already."""
+    value = behind_dropout(value)
+    op = op_of(value)
+    if op is None:
+        return False
+    scaled = op.name in ("mul", "div") and len(tensor_args(value)) == 1
+    return op.name in EXACT or (scaled and _exact(tensor_args(value)[0]))
 
 
 def _identity(value: fx.Node) -> object:
@@ -268,3 +319,27 @@ def _ground_bias(gm: fx.GraphModule, node: fx.Node) -> None:
         grid = gm.graph.call_function(bias_grid, (operands[2], *modules))
     grid.meta = {"val": operands[2].meta["val"], "path": module_path(node)}
     node.replace_input_with(operands[2], grid)
+
+
+def _ground_norm(gm: fx.GraphModule, node: fx.Node) -> None:
+    """layer_norm(lsq(x), ...) -> norm_on_grid(lsq(x), ..., lsq) with the integer placement."""
+    op = op_of(node)
+    if op is None or op.name != "layer_norm" or gm.meta["qconfig"].placement != "integer" or len(node.args[1]) != 1:  # type: ignore[arg-type]
+        return
+    source = root(node.args[0])  # type: ignore[arg-type]
+    if source.op != "call_module" or not isinstance(fetch(gm, str(source.target)), Lsq):
+        return
+    x, shape, weight, bias, eps = _norm_args(node)
+    known = constants(gm.graph)
+    with gm.graph.inserting_before(node):
+        lsq = known.get(str(source.target)) or gm.graph.get_attr(str(source.target))
+        new = gm.graph.call_function(norm_on_grid, (x, shape, weight, bias, eps, lsq))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+
+
+def _norm_args(node: fx.Node) -> tuple[object, ...]:
+    """x, shape, weight, bias and eps of a layer_norm, defaults filled in."""
+    given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), node.args)) | dict(node.kwargs)
+    return (given["input"], given["normalized_shape"], given.get("weight"), given.get("bias"), given.get("eps", 1e-5))

@@ -7,9 +7,10 @@ from typing import Any
 from torch import fx
 
 from ..graph import computes_floats, fetch, moves_data, plumbing, site_of
+from ..integer_only import float_nodes
 from ..lowering import Grid, Island, Lowering, QValue, StaysFloat, array, float64
 from ..op import is_float, op_of, tensor_args
-from ..ops.lower_rules import requantized
+from ..ops.lower_rules import lower_curve, requantized
 from ..ops.qdq import dequantize, quantize
 from ..pipeline import graph_pass
 from .freeze import drop_unused
@@ -31,6 +32,7 @@ def lower(gm: fx.GraphModule) -> None:
     drop_unused(gm)
     islands = _islands(state, hidden)
     gm.meta["islands"], gm.meta["may_be_float"] = islands, hidden | {i.site for i in islands}
+    gm.meta["integer_only"] = not float_nodes(gm)
 
 
 def _visit(state: Lowering, node: fx.Node) -> None:
@@ -41,9 +43,9 @@ def _visit(state: Lowering, node: fx.Node) -> None:
         _finish(state, node)
     elif op is None:
         return
-    elif op.lower is not None:
+    elif node.meta.get("curve") or op.lower is not None:
         try:
-            value = op.lower(state, node)
+            value = lower_curve(state, node) if node.meta.get("curve") else op.lower(state, node)  # type: ignore[misc]
             if value is not None:
                 state.values[node] = value
         except StaysFloat as why:

@@ -39,12 +39,15 @@ class Sum:
         ends = (grid.zero_point, grid.qmin, grid.qmax)
         dtype = torch_container(grid.qmin, grid.qmax)
         made = lowering.call(node, int_add, terms, multipliers, zeros, shift, *ends, dtype=dtype)
-        return _on_grid(made, grid)
+        return on_grid(made, grid)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """An elementwise function of one code: a table of all its values, on the grid of the quantizer behind it."""
+    """An elementwise function of one code: a table of all its values, on the grid of the quantizer behind it.
+
+    ``function`` takes the real values of the codes, float32, and computes in float32 as the float graph does.
+    """
 
     operand: QValue
     function: Callable[[torch.Tensor], torch.Tensor]
@@ -56,7 +59,7 @@ class Curve:
         scale = torch.tensor(grid.scale, dtype=torch.float32)
         table = quantize(self.function(reals), scale, grid.zero_point, grid.qmin, grid.qmax)
         stored = lowering.store(node, "table", table)
-        return _on_grid(lowering.call(node, lookup, x.node, stored, x.lo, dtype=table.dtype), grid)
+        return on_grid(lowering.call(node, lookup, x.node, stored, x.lo, dtype=table.dtype), grid)
 
 
 def requantized(lowering: Lowering, node: fx.Node, value: QValue, grid: Grid) -> QValue:
@@ -85,10 +88,11 @@ def requantized(lowering: Lowering, node: fx.Node, value: QValue, grid: Grid) ->
         grid.qmax,
         -1 if value.axis is None else value.axis,
     )
-    return _on_grid(lowering.call(node, requantize, *args, dtype=torch_container(grid.qmin, grid.qmax)), grid)
+    return on_grid(lowering.call(node, requantize, *args, dtype=torch_container(grid.qmin, grid.qmax)), grid)
 
 
-def _on_grid(node: fx.Node, grid: Grid) -> QValue:
+def on_grid(node: fx.Node, grid: Grid) -> QValue:
+    """The codes a grid asked for."""
     return QValue(node, np.asarray(grid.scale, dtype=np.float64), grid.qmin, grid.qmax, grid.zero_point)
 
 
@@ -182,7 +186,8 @@ def lower_matmul(lowering: Lowering, node: fx.Node) -> QValue:
     """matmul(a, b) -> int_matmul(a, b) with the scale ``s_a * s_b``; the longest inner product proves the bound"""
     a, b = (lowering.per_tensor(arg) for arg in node.args[:2])
     a_max, b_max = (max(magnitude(v.lo, v.hi, v.zero_point), 1) for v in (a, b))
-    length = largest_size(node.args[0].meta["val"].shape[-1], INT32_MAX // (a_max * b_max))  # type: ignore[union-attr]
+    longest = max(INT32_MAX // (a_max * b_max), 1)  # a length unknown here is checked when the op runs
+    length = largest_size(node.args[0].meta["val"].shape[-1], longest)  # type: ignore[union-attr]
     bound = demand_int32(product_bound(length, a_max, b_max), site_of(node))
     made = lowering.call(
         node,
@@ -245,10 +250,40 @@ def lower_scaled(lowering: Lowering, node: fx.Node) -> QValue:
 
 def lower_table(lowering: Lowering, node: fx.Node) -> Value:
     """f(x) -> a table of f on all codes of x; exact, as the float op itself fills it"""
-    x = lowering.per_tensor(node.args[0])
-    if x.node.meta["val"].dtype == torch.int32:
-        raise StaysFloat("its input has too many codes for a table: no quantizer of 16 bits or fewer stands before it")
+    x = _few_codes(lowering.per_tensor(node.args[0]))
     rest, kwargs, target = node.args[1:], dict(node.kwargs), node.target
     if any(isinstance(a, fx.Node) for a in (*rest, *kwargs.values())):
         raise StaysFloat("it has a second operand")
     return Curve(x, lambda reals: target(reals, *rest, **kwargs))  # type: ignore[operator]
+
+
+def _few_codes(x: QValue) -> QValue:
+    """The value itself; StaysFloat where a table of it would be too long."""
+    if x.node.meta["val"].dtype == torch.int32:
+        raise StaysFloat("its input has too many codes for a table: no quantizer of 16 bits or fewer stands before it")
+    return x
+
+
+def lower_curve(lowering: Lowering, node: fx.Node) -> Curve:
+    """One op of a region (kdlsq_fx/regions.py): the function of the codes so far, with this op behind it"""
+    source: QValue | None = None
+    functions: dict[fx.Node, Callable[[torch.Tensor], torch.Tensor]] = {}
+    for operand in node.all_input_nodes:
+        value = lowering.values.get(operand)
+        tensor = lowering.constant(operand)
+        if isinstance(value, Curve):
+            source, functions[operand] = value.operand, value.function
+        elif tensor is not None and value is None:
+            functions[operand] = lambda reals, t=tensor: t  # type: ignore[misc]
+        else:
+            source = _few_codes(lowering.per_tensor(operand))
+            functions[operand] = lambda reals: reals
+    if source is None:
+        raise StaysFloat("it reads no codes")
+
+    def function(reals: torch.Tensor) -> torch.Tensor:
+        at = lambda n: functions[n](reals)  # noqa: E731
+        made: torch.Tensor = node.target(*fx.node.map_arg(node.args, at), **fx.node.map_arg(node.kwargs, at))  # type: ignore[operator]
+        return made
+
+    return Curve(source, function)

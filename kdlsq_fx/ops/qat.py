@@ -1,4 +1,4 @@
-"""What stands in a qat graph only: the quantizer module, and the grid of a bias."""
+"""What stands in a qat graph only: the quantizer module, the grid of a bias, a LayerNorm that knows its codes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from ..lsq import BiasGrid, Lsq
 from ..op import Op, declare
+from .int_norm import integer_layer_norm
 
 LSQ = declare(Op(name="lsq", target=Lsq, sig="float -> act"))
 
@@ -23,3 +24,24 @@ def bias_grid(bias: torch.Tensor, x_lsq: Lsq, w_lsq: Lsq) -> torch.Tensor:
 
 
 BIAS_GRID = declare(Op(name="bias_grid", target=bias_grid, sig="bias, float, float -> bias"))
+
+
+def norm_on_grid(
+    x: torch.Tensor,
+    shape: list[int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    lsq: Lsq,
+) -> torch.Tensor:
+    """LayerNorm of ``x`` [..., N] with the mean and deviation that the integers give (docs/integer_primitives.md).
+
+    ``lsq`` is the quantizer that ``x`` came out of; while it observes, ``x`` has no codes yet and this is layer_norm.
+    """
+    if lsq.observing:
+        return torch.nn.functional.layer_norm(x, shape, weight, bias, eps)
+    out: torch.Tensor = integer_layer_norm(x, shape, weight, bias, eps, lsq.scale.detach(), lsq.qmin, lsq.qmax)
+    return out
+
+
+NORM_ON_GRID = declare(Op(name="norm_on_grid", target=norm_on_grid, sig="wide, float, float, float -> act"))

@@ -1,0 +1,67 @@
+"""float: with the integer placement, ops whose integer form is another function get that function before training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph import op_label, site_of
+from ..masks import keep_of, masked_scores
+from ..op import op_of, tensor_args
+from ..ops.int_gelu import polynomial_gelu
+from ..ops.int_softmax import masked_softmax
+from ..pipeline import graph_pass
+from ..qconfig import QConfig
+
+
+@graph_pass("float")
+def choose_integer_forms(gm: fx.GraphModule) -> None:
+    """softmax(x + mask) -> masked_softmax(x + mask, keep); gelu(x) -> polynomial_gelu(x) where a rule says so
+
+    Training then computes what the integers will: probabilities from 10 bits of score, exact zeros at masked keys. The
+    site stays, so rules, taps and reports still speak of ``softmax`` and ``gelu``. With the kdlsq placement nothing
+    changes: its softmax and GELU are float to the end.
+    """
+    qconfig: QConfig = gm.meta["qconfig"]
+    if qconfig.placement != "integer":
+        return
+    for node in list(gm.graph.nodes):
+        op = op_of(node)
+        if op is None or op.name not in ("softmax", "gelu") or node.meta.get("plumbing"):
+            continue
+        rule = qconfig.find(site_of(node), op_label(node))
+        if rule is None or rule.act is None:
+            continue
+        if op.name == "gelu" and rule.nonlinear == "polynomial":
+            _replace(node, polynomial_gelu, (node.args[0],))
+        elif op.name == "softmax" and _over_last(node):
+            _softmax(gm, node, rule.nonlinear or "table")
+
+
+def _over_last(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
+    return isinstance(dim, int) and dim % value.dim() == value.dim() - 1
+
+
+def _softmax(gm: fx.GraphModule, node: fx.Node, form: str) -> None:
+    scores = tensor_args(node)[0]
+    keep = None
+    if masked_scores(scores) is not None:
+        keep = keep_of(gm, scores)
+        if keep is None:  # a mask nobody can read: the softmax stays float, and the report says why
+            node.meta["why_float"] = "its additive mask could not be read back as true and false"
+            return
+    _replace(node, masked_softmax, (scores, keep, -1, form))
+
+
+def _replace(node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(target, args)
+    new.meta = dict(node.meta)
+    if isinstance(new.meta.get("val"), torch.Tensor):
+        new.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
