@@ -17,10 +17,10 @@ from .. import run_int
 from ..capture import Captured
 from ..errors import CheckpointError, ConfigError
 from ..files import FORMAT, INFO, make_folder, read_json, write_atomic, write_json
-from ..lowering import Island
 from ..model import QuantModel
 from ..program import load_program, save_program
 from ..qconfig import QConfig
+from ..range_analysis import Ranges, analyse_ranges
 from ..report import columns
 from ..saving import versions
 from .reference import ReferenceModel
@@ -53,10 +53,13 @@ class IntModel(QuantModel):
         self.reference = ReferenceModel(captured.gm) if backend == "reference" else None
 
     @property
-    def islands(self) -> tuple[Island, ...]:
-        """What still runs in floats, and why."""
-        found: tuple[Island, ...] = self.gm.meta["islands"]
-        return found
+    def integer_only(self) -> bool:
+        """True where no node but the ``dequantize`` of the results makes floats."""
+        return bool(self.gm.meta.get("integer_only", False))
+
+    def bounds(self) -> Ranges:
+        """What every integer can be and how large accumulators and intermediates get; ``print`` shows a table."""
+        return analyse_ranges(self.gm, longest=self._limits[1] or None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         labels, inputs = self.split(*args, **kwargs)

@@ -13,6 +13,7 @@ from torch import fx, nn
 from .capture import Captured
 from .errors import InputError
 from .losses import loss_for
+from .lowering import Island
 from .qconfig import QConfig
 
 LABELS = ("labels", "start_positions", "end_positions")
@@ -130,6 +131,12 @@ class QuantModel(nn.Module):
         for name, value in inputs.items():
             if name in TEXT and value.shape[-1] != ids.shape[-1]:
                 raise InputError(f"{name} has shape {tuple(value.shape)}, input_ids {tuple(ids.shape)}", where=name)
+
+    @property
+    def islands(self) -> tuple[Island, ...]:
+        """The ops of an int graph that stay float, and why; empty before lowering."""
+        found: tuple[Island, ...] = self.gm.meta.get("islands", ())
+        return found
 
     def save_pretrained(self, path: str | Path, tokenizer: Any = None, **_: Any) -> Path:
         """Write the folder that ``kdlsq_fx.from_pretrained`` reads. CheckpointError where it cannot be written."""

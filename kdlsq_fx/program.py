@@ -168,6 +168,7 @@ def _build(program: dict[str, Any], tensors: dict[str, torch.Tensor], where: str
     graph.output(_as_tuple(decode(outputs, nodes)))
     gm = fx.GraphModule(root, graph)
     gm.meta["stage"] = program["stage"]
+    gm.meta["integer_only"] = bool(program.get("integer_only"))  # not in format 1
     gm.meta["islands"] = tuple(Island(*row) for row in program["islands"])
     return gm.eval()
 

@@ -117,7 +117,9 @@ def _of_node(
 
 def _ruled(node: fx.Node, intervals: dict[fx.Node, Interval | None]) -> Bounds:
     op = op_of(node)
-    args, kwargs = (fx.node.map_arg(given, intervals.get) for given in (node.args, node.kwargs))
+    known: Any = intervals.get
+    args: Any = fx.node.map_arg(node.args, known)
+    kwargs: Any = fx.node.map_arg(node.kwargs, known)
     try:
         return op.bounds(*args, **kwargs)  # type: ignore[union-attr, misc]
     except (ValueError, TypeError, AttributeError) as err:  # the last two: floats, or nothing, where integers belong
