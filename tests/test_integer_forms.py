@@ -21,6 +21,9 @@ from kdlsq_fx.regions import find_regions
 
 torch.set_num_threads(1)
 ATTENTION = (
+    *("bert", "distilbert", "electra", "albert", "mpnet"),
+    *("deberta-v2", "squeezebert", "modernbert", "mobilebert"),
+)
     "bert",
     "distilbert",
     "electra",
