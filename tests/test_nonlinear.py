@@ -142,11 +142,16 @@ def decimal_table() -> list[int]:
         return [round((Decimal(-d) / 1024).exp() * 2**15) for d in range(2**14)]
 
 
-def exp_polynomial(d: int) -> int:
+@functools.cache
+def polynomial_constants() -> list[int]:
     with localcontext() as context:
         context.prec = 30
         a, b = Decimal("0.35815147"), Decimal("0.96963238")
-        ln2, big_b, big_c, big_a = (round(v) for v in (Decimal(2).ln() * 2**14, b / a * 2**14, 2**28 / a, a * 2**15))
+        return [round(v) for v in (Decimal(2).ln() * 2**14, b / a * 2**14, 2**28 / a, a * 2**15)]
+
+
+def exp_polynomial(d: int) -> int:
+    ln2, big_b, big_c, big_a = polynomial_constants()
     z = d // ln2
     p = z * ln2 - d
     assert -ln2 < p <= 0 and z <= 23
@@ -187,11 +192,15 @@ def test_exp_table_is_correctly_rounded() -> None:
 
 
 scales = st.one_of(st.floats(2.0**-50, 2.0**12), st.floats(2.0**-20, 2.0**-4))
+wide_scales = st.floats(2.0**-29, 2.0**-23)  # here the product of difference and multiplier is largest
 lengths = st.one_of(st.integers(1, 12), st.sampled_from([64, 511, 512]))
 
 
+fine_steps = st.one_of(st.sampled_from([1 / 255, 1 / 127, 2.0**-15, 2.0**-22]), st.floats(2.0**-16, 1.0))
+
+
 @settings(deadline=None)
-@given(seeds, lengths, scales, st.booleans(), st.floats(2.0**-16, 1.0), st.integers(-3, 130), ends)
+@given(seeds, lengths, scales, st.booleans(), fine_steps, st.integers(-3, 130), ends)
 def test_int_softmax_equals_python(
     seed: int, n: int, scale: float, table: bool, scale_p: float, zero_point: int, qrange: tuple[int, int]
 ) -> None:
@@ -200,6 +209,19 @@ def test_int_softmax_equals_python(
     x = rng.integers(-spread, spread, (2, 3, n), endpoint=True).astype(np.int32)
     keep = [None, rng.random((2, 1, n)) < 0.7, rng.random((n,)) < 0.5][int(rng.integers(3))]
     check_softmax(x, keep, table, [*score_grid(scale, table=table), prob_divider(scale_p), zero_point, *qrange])
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_int_softmax_at_every_step(table: bool) -> None:
+    """Rows of two keys, d steps apart: the result tells the exponential of d."""
+    fraction, steps = (10, 2**14) if table else (14, 2**18)
+    d = np.arange(steps + 3)
+    exps = [decimal_table()[min(k, steps - 1)] if table else exp_polynomial(min(k, steps - 1)) for k in d.tolist()]
+    x = np.stack([d, np.zeros_like(d)], 1).astype(np.int32)
+    divider = 2**38
+    want = [[round(Fraction(e * divider, (exps[0] + other) << 16)) for e in (exps[0], other)] for other in exps]
+    ints = [*score_grid(2.0**-fraction, table=table), divider, 0, 0, 2**31 - 1]
+    same(int_softmax, numpy_int_softmax, [x, None, exp_table().numpy() if table else None], ints, want)
 
 
 @pytest.mark.parametrize("table", [True, False])
@@ -221,7 +243,7 @@ def test_int_softmax_at_its_bounds(table: bool) -> None:
     """The widest difference of scores, the largest multiplier, the largest shift, the largest divider."""
     x = np.array([[INT32_LOW, INT32_HIGH, 0, -1, INT32_HIGH - 1], [INT32_LOW] * 4 + [INT32_LOW + 1]], np.int32)
     reached = 0
-    for scale in (2.0**-50, 2.0**-31, 2.0**-24 * (1 - 2.0**-31), 2.0**-18, 1.0, 2.0**14, 2.0**-60):
+    for scale in (2.0**-50, 2.0**-31, 2.0**-27, 2.0**-26, 2.0**-24 * (1 - 2.0**-31), 2.0**-18, 1.0, 2.0**14, 2.0**-60):
         multiplier, shift, limit = score_grid(scale, table=table)
         reached = max(reached, min(2**32 - 1, limit) * multiplier)
         check_softmax(x, None, table, [multiplier, shift, limit, 2**40 - 1, 0, INT32_LOW, INT32_HIGH])
@@ -235,7 +257,7 @@ def test_int_softmax_of_too_long_rows() -> None:
             form(x, None, None, *score_grid(1.0, table=False), 255 << 16, 0, 0, 255)  # type: ignore[operator]
 
 
-@given(scales, st.booleans())
+@given(st.one_of(scales, wide_scales), st.booleans())
 def test_score_grid_holds_its_bounds(scale: float, table: bool) -> None:
     multiplier, shift, limit = score_grid(scale, table=table)
     fraction, last = (10, 2**14 - 1) if table else (14, 2**18 - 1)
@@ -345,6 +367,15 @@ def test_int_layer_norm_at_its_bounds() -> None:
     for shift in (1, 30, 56):
         check_norm(x, gain, np.zeros(n, np.int64), [5, 1, shift, 0, INT32_LOW, INT32_HIGH])
         check_norm(x, np.zeros(n, np.int64), np.array([2**61 - 1, 1 - 2**61] * 512), [5, 1, shift, 0, *INT22])
+
+
+@pytest.mark.parametrize("bits", range(4, 62))
+def test_int_layer_norm_at_every_length_of_v(bits: int) -> None:
+    """v = 2**bits - 1, 2**bits, 2**bits + 1: where a length taken from a rounded float would be wrong."""
+    k = math.isqrt(2 ** (bits - 3))
+    x, gain = np.array([[k, -k]], np.int32), np.array([2**30, 3 * 2**28])
+    for v in (2**bits - 1, 2**bits, 2**bits + 1):
+        check_norm(x, gain, np.zeros(2, np.int64), [0, v - 2 * k * k, 30, 0, INT32_LOW, INT32_HIGH])
 
 
 def test_the_largest_t_stays_in_its_bound() -> None:

@@ -1,8 +1,8 @@
 """GELU in integers for codes of many bits: I-BERT's i-GELU, a polynomial for erf (papers 4.3). Few bits take a table.
 
-docs/integer_primitives.md is the specification; both forms of the integer op follow it step by step. Proved: 22-bit codes
-with any zero point of theirs keep the last product below 2**62: 2**22 * 28366 * 2**24. Enumerated against Python's
-integers: all 8-bit codes on sampled grids, all 16-bit codes on two. Its error: docs/integer_errors.md.
+docs/integer_primitives.md is the specification; both forms of the integer op follow it step by step. Proved: codes
+of 22 bits, with any zero point of theirs, keep the last product below 2**62: 2**22 * 28366 * 2**24. Enumerated against
+Python's integers: all 8-bit codes on sampled grids, all 16-bit codes on two. Its error: docs/integer_errors.md.
 """
 
 from __future__ import annotations

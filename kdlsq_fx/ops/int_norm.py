@@ -1,9 +1,9 @@
 """Layer normalisation in integers: mean, sum of squares, I-BERT's integer square root (papers 4.5), one rounding.
 
 docs/integer_primitives.md is the specification; both forms of the integer op follow it step by step. Proved: the bounds
-of the sum of squares (:func:`squares_bound`), of t (below), of the last product (:func:`norm_constants`). Enumerated: the
-root at ``k*k - 1``, ``k*k``, ``k*k + 1`` for all k < 2**16, from which every n < 2**32 follows (tests/test_nonlinear.py).
-Sampled against Python's integers: rows of 1 to 1024 codes, and the rows that reach those bounds.
+of the sum of squares (:func:`squares_bound`), of t (below), of the last product (:func:`norm_constants`). Enumerated:
+the root around every square, from which all n < 2**32 follow (tests/test_nonlinear.py). Sampled against Python's
+integers: rows of 1 to 1024 codes, and the rows that reach those bounds.
 """
 
 from __future__ import annotations
@@ -201,9 +201,8 @@ def numpy_int_layer_norm(
 
 def numpy_rows(x: Array, fraction: int, eps: int) -> tuple[Array, Array, Array]:
     """The centred row, f and h of :func:`int_layer_norm` in NumPy."""
-    total = np.sum(x, axis=-1, keepdims=True, dtype=np.int64)
-    mean = numpy_round_divide(total << fraction, x.shape[-1])
-    y = (x.astype(np.int64) << fraction) - mean
+    wide = x.astype(np.int64) << fraction
+    y = wide - numpy_round_divide(np.asarray(wide.sum(axis=-1, keepdims=True)), x.shape[-1])
     v = np.sum(np.square(y), axis=-1, keepdims=True) + eps
     h = -((32 - numpy_bits(v)) // 2)  # ceil((bits - 32) / 2)
     scaled = np.where(h >= 0, v >> np.maximum(2 * h, 0), v << np.maximum(-2 * h, 0))
