@@ -44,7 +44,8 @@ class Settings:
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a student is made: its training, the learning rates of its scales (None: the quantizer's default), whether
-    there is a teacher, and whether gold labels join the loss."""
+    there is a teacher, and whether gold labels join the loss. ``begin_with`` names a preset whose student it starts
+    from: weights and their scales; activations are calibrated anew."""
 
     settings: Settings = Settings(epochs=1)
     scales: dict[str, float] | None = None
@@ -52,6 +53,7 @@ class Recipe:
     teacher: bool = True
     gold: bool = False
     dropout: float | None = None
+    begin_with: str = ""
 
 
 def start_model(
@@ -99,7 +101,7 @@ def student(
     if (folder / INFO).is_file():
         return from_pretrained(folder), None
     settings = recipe.settings
-    qat = calibrated(start, dataset, preset, settings)
+    qat = calibrated(start, dataset, preset, settings, begin_with=trained(out, recipe.begin_with))
     if recipe.dropout is not None:
         for module in qat.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -117,13 +119,24 @@ def student(
     return qat, done
 
 
-def calibrated(start: torch.nn.Module, dataset: kd_data.Dataset, preset: str, settings: Settings) -> Any:
+def trained(out: Path, preset: str) -> Any:
+    """The finished student of a preset in ``out``, or None for no preset."""
+    from kdlsq_fx.api import from_pretrained
+
+    return from_pretrained(out / preset / "qat") if preset else None
+
+
+def calibrated(
+    start: torch.nn.Module, dataset: kd_data.Dataset, preset: str, settings: Settings, *, begin_with: Any = None
+) -> Any:
     """``start`` with quantizers whose scales come from a few random batches of train; with a ``-minmax`` preset this
-    is already the PTQ baseline."""
+    is already the PTQ baseline. ``begin_with``: another student of the same model, whose weights it takes."""
     from kdlsq_fx.api import prepare_qat
     from kdlsq_fx.calibration import calibrate
 
     qat = prepare_qat(start, preset)
+    if begin_with is not None:
+        qat.gm.load_state_dict(begin_with.gm.state_dict(), strict=False)  # quantizers of other sites keep theirs
     batches = dataset.train.sample(CALIBRATION_BATCHES, batch_size=settings.batch_size, seed=settings.seed)
     calibrate(qat, batches)
     return qat.eval()

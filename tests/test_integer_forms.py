@@ -20,20 +20,7 @@ from kdlsq_fx.qconfig import QSpec, Rule
 from kdlsq_fx.regions import find_regions
 
 torch.set_num_threads(1)
-ATTENTION = (
-    *("bert", "distilbert", "electra", "albert", "mpnet"),
-    *("deberta-v2", "squeezebert", "modernbert", "mobilebert"),
-)
-    "bert",
-    "distilbert",
-    "electra",
-    "albert",
-    "mpnet",
-    "deberta-v2",
-    "squeezebert",
-    "modernbert",
-    "mobilebert",
-)
+ATTENTION = ("bert", "distilbert", "electra", "albert", "mpnet", "deberta-v2", "squeezebert", "modernbert")
 WHOLE = ("bert", "roberta", "distilbert", "electra", "albert", "squeezebert")
 
 
