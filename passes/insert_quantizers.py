@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -324,12 +325,12 @@ def _ground_bias(gm: fx.GraphModule, node: fx.Node) -> None:
 def _ground_norm(gm: fx.GraphModule, node: fx.Node) -> None:
     """layer_norm(lsq(x), ...) -> norm_on_grid(lsq(x), ..., lsq) with the integer placement."""
     op = op_of(node)
-    if op is None or op.name != "layer_norm" or gm.meta["qconfig"].placement != "integer" or len(node.args[1]) != 1:  # type: ignore[arg-type]
-        return
-    source = root(node.args[0])  # type: ignore[arg-type]
-    if source.op != "call_module" or not isinstance(fetch(gm, str(source.target)), Lsq):
+    if op is None or op.name != "layer_norm" or gm.meta["qconfig"].placement != "integer":
         return
     x, shape, weight, bias, eps = _norm_args(node)
+    source = root(node.args[0])  # type: ignore[arg-type]
+    if source.op != "call_module" or not isinstance(fetch(gm, str(source.target)), Lsq) or len(shape) != 1:
+        return
     known = constants(gm.graph)
     with gm.graph.inserting_before(node):
         lsq = known.get(str(source.target)) or gm.graph.get_attr(str(source.target))
@@ -339,7 +340,7 @@ def _ground_norm(gm: fx.GraphModule, node: fx.Node) -> None:
     gm.graph.erase_node(node)
 
 
-def _norm_args(node: fx.Node) -> tuple[object, ...]:
+def _norm_args(node: fx.Node) -> tuple[Any, ...]:
     """x, shape, weight, bias and eps of a layer_norm, defaults filled in."""
     given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), node.args)) | dict(node.kwargs)
     return (given["input"], given["normalized_shape"], given.get("weight"), given.get("bias"), given.get("eps", 1e-5))
