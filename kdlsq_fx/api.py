@@ -18,6 +18,8 @@ from .files import INFO, read_json
 from .graph import output_args
 from .lsq import Lsq
 from .model import QuantModel, wrap
+from .passes.choose_integer_forms import choose_integer_forms
+from .passes.demand_integers import demand_integers
 from .passes.drop_dropout import drop_dropout
 from .passes.freeze import freeze
 from .passes.insert_quantizers import insert_quantizers
@@ -62,7 +64,10 @@ def prepare_qat(
     captured.gm.meta.update(qconfig=config, fuel=fuel)
     run_passes(
         captured.gm,
-        [insert_quantizers],  # values a rule names get their quantizer, biases their grid
+        [
+            choose_integer_forms,  # integer placement: softmax and GELU as the integers will compute them
+            insert_quantizers,  # values a rule names get their quantizer, biases and LayerNorms their grid
+        ],
         user=passes,
         stop_after=stop_after,
         trace=trace,
@@ -82,6 +87,7 @@ def convert(
     qat: QuantModel,
     *,
     backend: str = "reference",
+    allow_islands: bool | None = None,
     passes: Iterable[Pass] = (),
     stop_after: str | None = None,
     trace: Trace | None = None,
@@ -90,7 +96,10 @@ def convert(
 
     ``backend``: ``"reference"`` executes the graph in NumPy, ``"torch"`` as the GraphModule it is. Both take the
     model's own arguments and return its own output; they agree bit for bit in all that is integer.
-    Raises CalibrationError before calibration, LoweringError (site and bound) where an accumulator could overflow.
+    ``allow_islands``: may ops stay float? None: with the kdlsq placement, which leaves much in float, yes; with the
+    integer placement no, and LoweringError lists them.
+    Raises CalibrationError before calibration, LoweringError (site and bound) where an accumulator could overflow;
+    that none can is proved from the codes of the weights (kdlsq_fx/range_analysis.py).
     """
     from .backends import executor
 
@@ -99,6 +108,8 @@ def convert(
         freeze,  # quantizers become quantize/dequantize with constants
         lower,  # dequantize -> op -> quantize collapses into integer primitives
     ]
+    if not (_leaves_floats(qat) if allow_islands is None else allow_islands):
+        pipeline.append(demand_integers)  # the integer placement promises integers only
     return executor(_derive(qat, pipeline, passes, stop_after, trace), backend)
 
 
@@ -145,6 +156,10 @@ def from_pretrained(
 
         return load_executor(folder, backend)
     return load_qat(folder, prepare_qat, model, tuple(passes))
+
+
+def _leaves_floats(qat: Any) -> bool:
+    return not isinstance(qat, QuantModel) or qat.qconfig.placement != "integer"
 
 
 def _derive(

@@ -126,12 +126,14 @@ def _convert(commands: Any) -> None:
     p = _command(commands, "convert", run_convert, "turn a trained qat folder into an integer program")
     p.add_argument("qat", type=Path, help="folder written by train or save_pretrained")
     p.add_argument("out", type=Path, help="folder for the integer program")
+    text = "keep ops without an integer form in float (with the kdlsq placement they are kept anyway)"
+    p.add_argument("--allow-islands", action="store_true", help=text)
 
 
 def run_convert(args: argparse.Namespace) -> int:
     from kdlsq_fx.api import convert, from_pretrained
 
-    program = convert(from_pretrained(args.qat))
+    program = convert(from_pretrained(args.qat), allow_islands=args.allow_islands or None)
     program.save_pretrained(args.out)
     _copy_tokenizer(args.qat, args.out)
     say(f"{args.out}: {_bytes(args.out) / 1e6:.1f} MB")
@@ -204,18 +206,24 @@ def _inspect(commands: Any) -> None:
     p = _command(commands, "inspect", run_inspect, "print for every site what it got and why")
     p.add_argument("model", help="qat or int folder; or any model folder or hub name, with --qconfig")
     p.add_argument("--qconfig", help="preset or JSON file (default: W8E8A8, or what the folder was trained with)")
+    text = "of an int folder: how large every accumulator and intermediate can get, and its limit"
+    p.add_argument("--bounds", action="store_true", help=text)
 
 
 def run_inspect(args: argparse.Namespace) -> int:
     from kdlsq_fx.api import from_pretrained, prepare_qat
-    from kdlsq_fx.files import INFO
+    from kdlsq_fx.files import INFO, read_json
     from kdlsq_fx.opening import model_source, open_hub_model
 
-    if (Path(args.model) / INFO).is_file():
+    info = Path(args.model) / INFO
+    if args.bounds and not (info.is_file() and read_json(info).get("stage") == "int"):
+        raise ConfigError("only an int folder has bounds", where=args.model, do="convert a trained qat folder first")
+    if info.is_file():
         if args.qconfig:
             do = "leave --qconfig away, or inspect the fp32 model with it"
             raise ConfigError("the folder has its own qconfig", where=args.model, do=do)
-        print(from_pretrained(args.model).table())
+        found = from_pretrained(args.model)
+        print(found.bounds() if args.bounds else found.table())
         return 0
     print(prepare_qat(open_hub_model(model_source(args.model)), args.qconfig or "W8E8A8").table())
     return 0

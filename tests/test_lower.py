@@ -62,7 +62,7 @@ def test_kdlsq_placement_leaves_what_the_paper_leaves() -> None:
     assert "gelu" in model.table()
 
 
-def test_integer_placement_leaves_softmax_and_layer_norm_only() -> None:
+def test_integer_placement_leaves_nothing_in_float() -> None:
     model = converted("W8E8A8-int")
     found = ops_at(model.gm)
     layer = "bert.encoder.layer.0"
@@ -70,8 +70,9 @@ def test_integer_placement_leaves_softmax_and_layer_norm_only() -> None:
     assert found[f"{layer}.intermediate.intermediate_act_fn/gelu/q"] == "lookup"
     assert found["bert.pooler.dense/linear"] == found["classifier/linear"] == "int_linear"
     assert found["classifier/linear/real"] == "dequantize"  # the one float that leaves
-    assert {i.op for i in model.islands} == {"layer_norm", "softmax", "add"}
-    assert all("mask" in i.reason for i in model.islands if i.op == "add")
+    assert {"int_softmax", "int_layer_norm"} <= set(found.values())
+    assert model.islands == () and model.gm.meta["integer_only"]
+    assert not {"softmax", "masked_softmax", "layer_norm", "quantize"} & set(found.values())
 
 
 def test_dtypes_inside_are_integers() -> None:
