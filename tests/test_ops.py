@@ -20,7 +20,7 @@ from kdlsq_fx.op import BY_NAME, Op, Signature
 
 torch.set_num_threads(1)
 
-IN_TRAINING_ONLY = {"lsq", "bias_grid"}  # tests/test_lsq.py
+IN_TRAINING_ONLY = {"lsq", "bias_grid", "norm_on_grid"}  # tests/test_lsq.py, tests/test_integer_forms.py
 TABLE = [op for name, op in sorted(BY_NAME.items()) if name not in IN_TRAINING_ONLY]
 WRITTEN = [op for op in TABLE if op.onnx is not None or op.name in ("quantize", "dequantize")]
 
@@ -95,7 +95,8 @@ def one_op(op: Op) -> tuple[fx.GraphModule, dict[str, torch.Tensor], int]:
         kind = next(kinds, "float")
         name = f"x{len(graph.nodes)}"
         parameter = kind == "int" and feed  # multipliers, tables and gains: constants of every lowered graph
-        if kind in ("weight", "bias") or parameter or (op.name in ("quantize", "dequantize") and value.ndim < 2):
+        step = op.name in ("quantize", "dequantize", "integer_layer_norm") and value.ndim < 2
+        if kind in ("weight", "bias") or parameter or step:
             root.register_buffer(name, value)
             node = graph.get_attr(name)
         else:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .emit_integer import BIT64, Array, round_divide, round_shift, shift_right, to_codes, whole, wide
+from .emit_integer import BIT64, Array, Constant, round_divide, round_shift, shift_right, to_codes, whole, wide
 
 WIDE_BITS = 62  # every wide value stays below 2**62
+HALF_BITS = (np.arange(WIDE_BITS + 1) - 31) >> 1  # h = ceil((bits - 32) / 2) of the layer norm, for every bits
 
 
 def emit_softmax(
@@ -71,22 +72,27 @@ def emit_layer_norm(
     sqrt_steps: int,
 ) -> Any:
     """``sqrt_steps``: steps of i_sqrt."""
+    y, factor, per_row = emit_rows(g, wide(g, x), g.known(x, -1), fraction, eps, sqrt_steps)
+    t = round_shift(g, g.Mul(y, factor), 46 + HALF_BITS - 24, per_row)
+    q = round_shift(g, g.Add(g.Mul(t, gain), offset), np.asarray(shift), g.constant)
+    return to_codes(g, q, zero_point, qmin, qmax)
+
+
+def emit_rows(g: Any, x: Any, n: int, fraction: int, eps: int, sqrt_steps: int) -> tuple[Any, Any, Constant]:
+    """``y``, ``f`` of the layer norm of int64 ``x`` [..., n], and what picks from a table over ``bits(v)``, row by row.
+
+    All that hangs on the size of v is such a table; that of h is HALF_BITS.
+    """
     last = g.vector([-1])
-    fine = g.Mul(wide(g, x), whole(g, 1 << fraction)) if fraction else wide(g, x)
-    mean = round_divide(g, g.ReduceSum(fine, last, keepdims=1), whole(g, g.known(x, -1)))
-    y = g.Sub(fine, mean)
+    fine = g.Mul(x, whole(g, 1 << fraction)) if fraction else x
+    y = g.Sub(fine, round_divide(g, g.ReduceSum(fine, last, keepdims=1), whole(g, n)))
     v = g.Add(g.ReduceSum(g.Mul(y, y), last, keepdims=1), whole(g, eps))
-    # All that hangs on the size of v is a table over its bits: one number per row.
     bits = _bits(g, v)
-    h = (np.arange(WIDE_BITS + 1) - 31) >> 1
 
     def per_row(array: Array) -> Any:
         return g.Gather(g.constant(array), bits, axis=0)
 
-    factor = g.Div(whole(g, 2**46), _root(g, v, h, per_row, sqrt_steps))
-    t = round_shift(g, g.Mul(y, factor), 46 + h - 24, per_row)
-    q = round_shift(g, g.Add(g.Mul(t, gain), offset), np.asarray(shift), g.constant)
-    return to_codes(g, q, zero_point, qmin, qmax)
+    return y, g.Div(whole(g, 2**46), _root(g, v, per_row, sqrt_steps)), per_row
 
 
 def _bits(g: Any, v: Any) -> Any:
@@ -96,10 +102,10 @@ def _bits(g: Any, v: Any) -> Any:
     return g.ReduceSum(reached, g.vector([-1]), keepdims=1)
 
 
-def _root(g: Any, v: Any, h: Array, per_row: Any, steps: int) -> Any:
+def _root(g: Any, v: Any, per_row: Constant, steps: int) -> Any:
     """``i_sqrt(v / 4**h)``. The number has 31 or 32 bits, so Newton starts from ``2**16`` and never divides by 0."""
-    enlarged = g.Mul(v, per_row(np.left_shift(np.int64(1), 2 * np.maximum(-h, 0))))
-    n = shift_right(g, enlarged, per_row((2 * np.maximum(h, 0)).astype(np.uint64)))
+    enlarged = g.Mul(v, per_row(np.left_shift(np.int64(1), 2 * np.maximum(-HALF_BITS, 0))))
+    n = shift_right(g, enlarged, per_row((2 * np.maximum(HALF_BITS, 0)).astype(np.uint64)))
     x = whole(g, 2**16)
     for _ in range(steps):
         x = g.Min(x, g.Div(g.Add(x, g.Div(n, x)), whole(g, 2)))
@@ -125,11 +131,16 @@ def emit_gelu(
     """``knee``, ``height``, ``fraction``: B and C of i-GELU, and the bits that 1 + erf is cut by."""
     real = g.Sub(wide(g, x), whole(g, x_zero_point)) if x_zero_point else wide(g, x)
     t = round_shift(g, g.Mul(real, whole(g, multiplier)), np.asarray(shift), g.constant)
-    s = g.Sub(g.Min(g.Abs(t), whole(g, knee)), whole(g, knee))
-    w = g.Add(g.Mul(g.Sign(t), g.Sub(whole(g, height), g.Mul(s, s))), whole(g, height))
-    half = round_shift(g, w, np.asarray(fraction), g.constant)
+    half = emit_half_erf(g, t, knee, height, fraction)
     product = g.Mul(g.Mul(real, half), whole(g, out_multiplier))
     return to_codes(g, round_shift(g, product, np.asarray(out_shift), g.constant), zero_point, qmin, qmax)
+
+
+def emit_half_erf(g: Any, t: Any, knee: int, height: int, fraction: int) -> Any:
+    """``round((1 + erf) * height / 2**fraction)`` of int64 ``t``."""
+    s = g.Sub(g.Min(g.Abs(t), whole(g, knee)), whole(g, knee))
+    w = g.Add(g.Mul(g.Sign(t), g.Sub(whole(g, height), g.Mul(s, s))), whole(g, height))
+    return round_shift(g, w, np.asarray(fraction), g.constant)
 
 
 def emit_mean(

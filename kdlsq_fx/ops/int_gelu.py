@@ -24,6 +24,7 @@ from kdlsq_fx.lowering import Grid, Lowering, QValue, StaysFloat
 from kdlsq_fx.op import Op, declare
 from kdlsq_fx.ops.bounds_nonlinear import gelu_bounds
 from kdlsq_fx.ops.emit_integer_curves import emit_gelu
+from kdlsq_fx.ops.emit_integer_twins import emit_polynomial_gelu
 from kdlsq_fx.ops.fixed_point import dyadic, numpy_round_shift, random_codes, round_shift
 from kdlsq_fx.ops.lower_rules import on_grid
 from kdlsq_fx.ops.qdq import container, torch_container
@@ -175,6 +176,7 @@ POLYNOMIAL_GELU = declare(
         target=polynomial_gelu,
         sig="act -> act",
         numpy=numpy_polynomial_gelu,
+        onnx=functools.partial(emit_polynomial_gelu, knee=B, height=C, fraction=FRACTION, erf_a=ERF_A),
         sample=lambda: ((torch.linspace(-6, 6, 97),), {}),
         lower=lower_polynomial_gelu,
         why_float="its polynomial runs in floats",

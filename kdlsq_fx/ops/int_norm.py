@@ -26,6 +26,7 @@ from kdlsq_fx.lowering import Grid, Lowering, QValue, StaysFloat, array
 from kdlsq_fx.op import Op, declare
 from kdlsq_fx.ops.bounds_nonlinear import layer_norm_bounds
 from kdlsq_fx.ops.emit_integer_curves import emit_layer_norm
+from kdlsq_fx.ops.emit_integer_twins import emit_integer_norm
 from kdlsq_fx.ops.fixed_point import (
     numpy_round_divide,
     numpy_round_shift,
@@ -361,6 +362,7 @@ INTEGER_LAYER_NORM = declare(
         target=integer_layer_norm,
         sig="wide, float, float, float -> act",
         numpy=numpy_integer_layer_norm,
+        onnx=functools.partial(emit_integer_norm, row_grid=row_grid, sqrt_steps=SQRT_STEPS),
         sample=_float_sample,
         lower=lower_integer_norm,
         why_float="mean, variance and square root run in floats",

@@ -26,6 +26,7 @@ from kdlsq_fx.masks import masked_scores
 from kdlsq_fx.op import Op, declare
 from kdlsq_fx.ops.bounds_nonlinear import softmax_bounds
 from kdlsq_fx.ops.emit_integer_curves import emit_softmax
+from kdlsq_fx.ops.emit_integer_twins import emit_masked_softmax
 from kdlsq_fx.ops.fixed_point import (
     dyadic,
     numpy_round_divide,
@@ -298,6 +299,14 @@ MASKED_SOFTMAX = declare(
         target=masked_softmax,
         sig="wide, mask -> prob",
         numpy=numpy_masked_softmax,
+        onnx=functools.partial(
+            emit_masked_softmax,
+            grids={
+                "table": (TABLE_FRACTION, TABLE_LAST),
+                "polynomial": (POLYNOMIAL_FRACTION, POLYNOMIAL_LAST),
+            },
+            table=lambda exp: _float_table(exp, torch.float32, torch.device("cpu")).numpy(),
+        ),
         sample=_float_sample,
         lower=lower_masked_softmax,
         why_float="the exponential and the division run in floats",
