@@ -1,0 +1,187 @@
+"""Where quantizers stand: which values of a float graph get which spec, and who reads them so (docs/stages.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+from .errors import ConfigError
+from .graph import EXACT, behind_dropout, fetch, moves_data, op_label, output_args, plumbing, root, site_of
+from .masks import masked_scores
+from .op import is_float, op_of, tensor_args
+from .qconfig import QConfig, QSpec, Rule
+from .regions import Region, find_regions
+
+OWN_FORM = ("masked_softmax", "polynomial_gelu", "masked_mean")  # chosen before training by choose_integer_forms
+
+
+@dataclass
+class Demand:
+    """One value to be quantized with one spec, and the (consumer, operand) pairs that read it so."""
+
+    value: fx.Node
+    spec: QSpec
+    kind: str
+    why: str
+    uses: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+
+
+def find_demands(gm: fx.GraphModule, qconfig: QConfig) -> list[Demand]:
+    """Every value some rule wants quantized, in graph order; ConfigError where two rules disagree about one."""
+    moved = plumbing(gm.graph)
+    ops = [n for n in gm.graph.nodes if op_of(n) is not None and not moves_data(n) and n not in moved]
+    qconfig.check_matches([(site_of(n), op_label(n)) for n in ops])
+    heads = set() if qconfig.heads == "quantized" else _heads(gm)
+    found: dict[tuple[object, str], Demand] = {}
+    regions = find_regions(gm.graph) if qconfig.placement == "integer" else []
+    joined = {n for region in regions if _want_region(region, qconfig, found) for n in region.nodes}
+    for node in ops:
+        if node in joined:
+            continue
+        rule = qconfig.find(site_of(node), op_label(node))
+        if node in heads and rule is not None and rule.optional:
+            node.meta["decision"] = ("float", "head: the papers keep the output layer in floats")
+            continue
+        if rule is None:
+            node.meta["decision"] = ("float", "no rule names it")
+            continue
+        _want(gm, node, rule, moved, found)
+    if qconfig.placement == "integer":
+        _want_outputs(gm, qconfig, moved, found)
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    return sorted(found.values(), key=lambda d: min(order[u] for u, _ in d.uses))
+
+
+def _want(
+    gm: fx.GraphModule, node: fx.Node, rule: Rule, moved: set[fx.Node], found: dict[tuple[object, str], Demand]
+) -> None:
+    op = op_of(node)
+    operands = tensor_args(node)
+    kinds = op.signature.operands  # type: ignore[union-attr]
+    if masked_scores(node) is not None:
+        node.meta["decision"] = ("float", "adds the attention mask; goes with the softmax")
+        return
+    got = [op.name] if op is not None and op.name in OWN_FORM else []
+    for operand, kind in zip(operands, kinds):
+        if kind == "wide" and (masked := masked_scores(operand)) is not None:
+            reader, operand = operand, masked[0]  # noqa: PLW2901  (the mask is added behind the quantizer)
+        else:
+            reader = node
+        demand = _demand(gm, operand, kind, rule, moved)
+        if demand is None:
+            continue
+        key = (_identity(demand.value), "wide" if demand.kind == "wide" else "act")
+        known = found.setdefault(key, demand)
+        if known.spec != demand.spec:
+            first = site_of(known.uses[0][0]) if known.uses else site_of(known.value)
+            raise ConfigError(
+                f"two rules quantize one value differently: {first} wants {known.spec}, {site_of(node)} {demand.spec}",
+                where=site_of(demand.value) if demand.value.op != "get_attr" else str(demand.value.target),
+                do="give both consumers the same spec, or leave one of them float",
+            )
+        known.uses.append((reader, operand))
+        got.append(f"{kind}:{demand.spec.quantizer}{demand.spec.bits}")
+    node.meta["decision"] = (", ".join(got) or "float", rule.why or f"rule site={rule.site} op={rule.op}")
+
+
+def _want_region(region: Region, qconfig: QConfig, found: dict[tuple[object, str], Demand]) -> bool:
+    """Quantize what a region reads, once, and mark its nodes: they become one table. False where no rule asks."""
+    rules = [qconfig.find(site_of(n), op_label(n)) for n in region.nodes]
+    rule = next((r for r in rules if r is not None and r.act is not None and r.wide is None), None)
+    if rule is None:
+        return False
+    spec = rule.spec("act")
+    assert spec is not None
+    demand = found.setdefault((_identity(region.source), "act"), Demand(region.source, spec, "act", rule.why))
+    demand.uses += [(n, region.source) for n in region.nodes if region.source in n.all_input_nodes]
+    for node in region.nodes:
+        node.meta["curve"] = True
+        node.meta["decision"] = (f"act:{spec.quantizer}{spec.bits}", f"part of one table, as {site_of(region.last)}")
+    return True
+
+
+def _demand(gm: fx.GraphModule, operand: fx.Node, kind: str, rule: Rule, moved: set[fx.Node]) -> Demand | None:
+    value = root(operand)
+    if not is_float(value) or value in moved:
+        return None
+    if value.op == "get_attr":
+        is_weight = kind == "weight" or (kind == "act" and isinstance(fetch(gm, str(value.target)), nn.Parameter))
+        spec = rule.spec("weight") if kind == "weight" else rule.spec("act") if is_weight else None
+        return Demand(value, spec, "weight", rule.why) if spec is not None else None
+    producer = op_of(behind_dropout(value))
+    name = producer.name if producer else ""
+    if kind in ("act", "prob"):
+        kind = "prob" if producer is not None and producer.signature.result == "prob" else "act"
+        spec = rule.spec(kind)
+    elif kind == "wide" and (rule.wide is not None or rule.act is not None):
+        if _exact(value):
+            return None
+        spec = rule.wide if name == "add" and rule.wide is not None else rule.spec("act") if rule.wide else None
+        kind = "wide" if name == "add" else "act"
+    else:
+        return None
+    return Demand(value, spec, kind, rule.why) if spec is not None else None
+
+
+def _exact(value: fx.Node) -> bool:
+    """An accumulator or a look-up, also times a number: integers with a scale already."""
+    value = behind_dropout(value)
+    op = op_of(value)
+    if op is None:
+        return False
+    scaled = op.name in ("mul", "div") and len(tensor_args(value)) == 1
+    return op.name in EXACT or (scaled and _exact(tensor_args(value)[0]))
+
+
+def _identity(value: fx.Node) -> object:
+    """Parameters are one value however many nodes read them."""
+    return ("parameter", id(fetch_parameter(value))) if value.op == "get_attr" else value
+
+
+def fetch_parameter(node: fx.Node) -> torch.Tensor:
+    """The tensor that a ``get_attr`` node reads."""
+    return fetch(node.graph.owning_module, str(node.target))  # type: ignore[arg-type]
+
+
+def _want_outputs(
+    gm: fx.GraphModule, qconfig: QConfig, moved: set[fx.Node], found: dict[tuple[object, str], Demand]
+) -> None:
+    """With the integer placement what leaves the graph is quantized too, unless it is an exact accumulator."""
+    (out,) = gm.graph.find_nodes(op="output")
+    for operand in output_args(gm.graph):
+        if not isinstance(operand, fx.Node) or not is_float(operand) or root(operand) in moved:
+            continue
+        value = root(operand)
+        producer = op_of(behind_dropout(value))
+        rule = qconfig.find(site_of(value), producer.name) if producer else None
+        if producer is None or rule is None or producer.name in EXACT:
+            continue
+        demand = _demand(gm, operand, "act", rule, moved)
+        if demand is not None:
+            found.setdefault((_identity(demand.value), "act"), demand).uses.append((out, operand))
+
+
+def _heads(gm: fx.GraphModule) -> set[fx.Node]:
+    """Matrix products whose result leaves the graph as it is, unless their weight is an embedding table too."""
+    tables = {id(fetch_parameter(t)) for n in gm.graph.nodes if (t := table_of(n)) is not None}
+    found = set()
+    for value in output_args(gm.graph):
+        node = behind_dropout(value) if isinstance(value, fx.Node) else value
+        op = op_of(node) if isinstance(node, fx.Node) else None
+        if op is None or op.name not in EXACT:
+            continue
+        weights = [root(o) for o in tensor_args(node)]
+        if not any(w.op == "get_attr" and id(fetch_parameter(w)) in tables for w in weights):
+            found.add(node)
+    return found
+
+
+def table_of(node: fx.Node) -> fx.Node | None:
+    """The parameter whose rows an embedding gathers; None for any other node."""
+    op = op_of(node)
+    if op is None or op.name != "embedding":
+        return None
+    source = root(tensor_args(node)[0])
+    return source if source.op == "get_attr" else None
