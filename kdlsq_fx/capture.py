@@ -43,7 +43,8 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Any = None
         model: a Hugging Face encoder; any ``nn.Module`` with ``example``; a GraphModule of ATen ops or an
             ExportedProgram (captured already).
         example: keyword arguments (a mapping) or positional ones (a tuple) to call the model with. Dimensions 0 and 1
-            of every tensor stay dynamic where the model allows it.
+            of every tensor stay dynamic where the model allows it; with ``input_ids`` all of them. Weights and floats in
+            other precisions are captured in float32.
 
     Raises:
         CaptureError: names the construct or the op that has no meaning here, and its site.
@@ -52,9 +53,14 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Any = None
         return _from_program(model, {}, None)
     if not isinstance(model, nn.Module):
         raise CaptureError(f"cannot capture a {type(model).__name__}", do="pass an nn.Module or an ExportedProgram")
+    inner = getattr(model, "gm", None)
+    if isinstance(inner, fx.GraphModule) and "stage" in inner.meta:
+        do = "pass the model that it was made from"
+        raise CaptureError(f"this is a captured model, in stage {inner.meta['stage']}", do=do)
     if isinstance(model, fx.GraphModule) and example is None:
         return _from_graph(model)
-    own = copy.deepcopy(model).train()
+    _check_weights(model)
+    own = copy.deepcopy(model).float().train()  # a model in half precision trains in float32, as its scales do
     _use_eager_attention(own)
     kwargs = _example_inputs(own, example)
     program = _export(own, kwargs)
@@ -64,29 +70,32 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Any = None
     return _from_program(program, kwargs, result)
 
 
+def _check_weights(model: nn.Module) -> None:
+    """CaptureError for weights that are not there (the meta device)."""
+    absent = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if absent is not None:
+        do = "load the weights before prepare_qat (from_pretrained without device_map)"
+        raise CaptureError("a weight is on the meta device and has no values", where=absent, do=do)
+
+
 def _use_eager_attention(model: nn.Module) -> None:
-    """sdpa hides the scores and probabilities in one node; eager attention shows them."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return
+    """sdpa hides the scores and probabilities in one node; eager attention shows them. Encoders inside a module too."""
     for module in model.modules():
-        inner = getattr(module, "config", None)
-        if inner is not None and hasattr(inner, "_attn_implementation"):
-            inner._attn_implementation = "eager"
-    for name in ("output_attentions", "output_hidden_states", "use_cache"):
-        if getattr(config, name, False):
-            setattr(config, name, False)
-    if hasattr(config, "return_dict"):
+        config = getattr(module, "config", None)
+        if config is None or not hasattr(config, "_attn_implementation"):
+            continue
+        config._attn_implementation = "eager"
+        for name in ("output_attentions", "output_hidden_states", "use_cache"):
+            if getattr(config, name, False):
+                setattr(config, name, False)
         config.return_dict = True
 
 
 def _example_inputs(model: nn.Module, example: Any) -> dict[str, Any]:
-    names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
-    if isinstance(example, Mapping):
-        return dict(example)
+    params = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in params if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     if example is not None:
-        args = example if isinstance(example, (tuple, list)) else (example,)
-        return dict(zip(names, args))
+        return _given(names, example)
     config = getattr(model, "config", None)
     vocab = getattr(config, "vocab_size", None)
     if vocab is None or "input_ids" not in names:
@@ -102,14 +111,44 @@ def _example_inputs(model: nn.Module, example: Any) -> dict[str, Any]:
     return {k: given[k] for k in TEXT_INPUTS if k in names}
 
 
+def _given(names: list[str], example: Any) -> dict[str, Any]:
+    """The user's example by argument name, floats in float32. A text batch of one row is doubled: torch.export takes a
+    size of 1 for a constant, and the batch is to stay free."""
+    if not isinstance(example, Mapping):
+        args = example if isinstance(example, (tuple, list)) else (example,)
+        if len(args) > len(names):
+            raise CaptureError(f"the example has {len(args)} values, forward takes {len(names)}", do=", ".join(names))
+        example = dict(zip(names, args))
+    unknown = [k for k in example if k not in names]
+    if unknown and names:
+        do = f"forward takes {', '.join(names)}"
+        raise CaptureError(f"the example has {', '.join(unknown)}, which forward does not take", do=do)
+    given = {k: v.float() if _is_float(v) else v for k, v in example.items()}
+    ids = given.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        return given
+    if ids.shape[1] < 2:
+        raise CaptureError("the example has one token a row: its length would stay fixed", do="give a longer example")
+    if ids.shape[0] > 1:
+        return given
+    one_row = {k for k, v in given.items() if isinstance(v, torch.Tensor) and v.dim() > 1 and v.shape[0] == 1}
+    return {k: torch.cat([v, v]) if k in one_row else v for k, v in given.items()}
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
 def _export(model: nn.Module, kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     strict_dims = "input_ids" in kwargs  # text models must stay dynamic; for others torch decides what can
 
     def dims(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return None
-        dim = torch.export.Dim.DYNAMIC if strict_dims and value.dtype == torch.int64 else torch.export.Dim.AUTO
-        return dict.fromkeys(range(min(value.dim(), 2)), dim)
+        free, auto = torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO  # a size of 1 (position ids of all rows) may stay
+        strict = strict_dims and value.dtype == torch.int64
+        count = value.dim() if strict_dims else min(value.dim(), 2)
+        return {i: free if strict and value.shape[i] > 1 else auto for i in range(count)}
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

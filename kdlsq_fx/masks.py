@@ -47,9 +47,47 @@ def keep_of(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return _keep(gm, mask)
 
 
+def masked_mean_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(x, keys) where ``node`` is the mean of ``x`` [batch, length, width] over the tokens that ``keys`` holds.
+
+    ``(x * m).sum(1) / m.sum(1)``, the count held above zero by a clamp or not; ``m`` is ``keys`` [batch, length] of 0
+    and 1 behind a cast, an unsqueeze, or an expand. None for anything else.
+    """
+    if _name(node) != "div" or len(tensor_args(node)) != 2:
+        return None
+    total, count = tensor_args(node)
+    count = count.args[0] if _name(count) in ("clamp", "clamp_min") else count  # type: ignore[assignment]
+    if _name(total) != "sum" or _name(count) != "sum" or not _sums_tokens(total) or not _sums_tokens(count):
+        return None
+    product, ones = total.args[0], count.args[0]
+    if not isinstance(product, fx.Node) or _name(product) != "mul" or ones not in tensor_args(product):
+        return None
+    others = [o for o in tensor_args(product) if o is not ones]
+    keys = _zero_one(ones)  # type: ignore[arg-type]
+    return (others[0], keys) if len(others) == 1 and keys is not None else None
+
+
+def _sums_tokens(node: fx.Node) -> bool:
+    dims = node.args[1] if len(node.args) > 1 else None
+    return dims in ([1], (1,), 1, [-2], (-2,)) and not node.kwargs.get("keepdim", False) and len(node.args) < 3
+
+
+def _zero_one(node: fx.Node) -> fx.Node | None:
+    """The integer or bool [batch, length] that a float [batch, length, ...] of ones and zeros was cast from."""
+    while node.meta.get("plumbing") and _name(node) in ("to", "unsqueeze", "expand"):
+        node = node.args[0]  # type: ignore[assignment]
+    value = node.meta.get("val")
+    fits = isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point()
+    return node if fits and node.meta.get("plumbing") else None
+
+
+def _name(node: fx.Node) -> str:
+    op = op_of(node)
+    return op.name if op else ""
+
+
 def _keep(gm: fx.GraphModule, mask: fx.Node) -> fx.Node | None:
-    op = op_of(mask)
-    name = op.name if op else ""
+    name = _name(mask)
     if name.startswith("where"):
         return _of_where(gm, mask)
     if name == "masked_fill" and _is_low(mask.args[2]):

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph import op_label, site_of
-from ..masks import keep_of, masked_scores
+from ..graph import module_path, op_label, site_of
+from ..masks import keep_of, masked_mean_of, masked_scores
 from ..op import op_of, tensor_args
 from ..ops.int_gelu import polynomial_gelu
+from ..ops.int_mean import masked_mean
 from ..ops.int_softmax import masked_softmax
 from ..pipeline import graph_pass
 from ..qconfig import QConfig
@@ -18,7 +19,9 @@ from ..qconfig import QConfig
 
 @graph_pass("float")
 def choose_integer_forms(gm: fx.GraphModule) -> None:
-    """softmax(x + mask) -> masked_softmax(x + mask, keep); gelu(x) -> polynomial_gelu(x) where a rule says so
+    """softmax(x + mask) -> masked_softmax(x + mask, keep); (x * m).sum(1) / m.sum(1) -> masked_mean(x, m)
+
+    And gelu(x) -> polynomial_gelu(x) where a rule says so.
 
     Training then computes what the integers will: probabilities from 10 bits of score, exact zeros at masked keys. The
     site stays, so rules, taps and reports still speak of ``softmax`` and ``gelu``. With the kdlsq placement nothing
@@ -29,13 +32,15 @@ def choose_integer_forms(gm: fx.GraphModule) -> None:
         return
     for node in list(gm.graph.nodes):
         op = op_of(node)
-        if op is None or op.name not in ("softmax", "gelu") or node.meta.get("plumbing"):
+        if op is None or op.name not in ("softmax", "gelu", "div") or node.meta.get("plumbing"):
             continue
         rule = qconfig.find(site_of(node), op_label(node))
         if rule is None or rule.act is None:
             continue
         if op.name == "gelu" and rule.nonlinear == "polynomial":
             _replace(node, polynomial_gelu, (node.args[0],))
+        elif op.name == "div" and (mean := masked_mean_of(node)) is not None:
+            _mean(node, *mean)
         elif op.name == "softmax" and _over_last(node):
             _softmax(gm, node, rule.nonlinear or "table")
 
@@ -55,6 +60,13 @@ def _softmax(gm: fx.GraphModule, node: fx.Node, form: str) -> None:
             node.meta["why_float"] = "its additive mask could not be read back as true and false"
             return
     _replace(node, masked_softmax, (scores, keep, -1, form))
+
+
+def _mean(node: fx.Node, x: fx.Node, keys: fx.Node) -> None:
+    with node.graph.inserting_before(node):
+        keep = node.graph.call_function(torch.ops.aten.ne.Scalar, (keys, 0))
+    keep.meta = {"val": keys.meta["val"].to(torch.bool), "path": module_path(node), "plumbing": True}
+    _replace(node, masked_mean, (x, keep))
 
 
 def _replace(node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:

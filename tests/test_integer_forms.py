@@ -157,3 +157,32 @@ def test_training_reaches_every_parameter_through_the_integer_forms() -> None:
     qat(**data).logits.square().sum().backward()
     still = [n for n, p in qat.named_parameters() if p.grad is None]
     assert still == []
+
+
+class Sentence(nn.Module):
+    """A bare encoder with the mean over its tokens behind it, as sentence encoders pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = livelier(tiny("bert", "Model"))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        kept = attention_mask.unsqueeze(-1).to(states.dtype)
+        return (states * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1e-9)  # type: ignore[no-any-return]
+
+
+def test_a_sentence_vector_is_pooled_in_integers() -> None:
+    model = Sentence().eval()
+    data = [{k: v for k, v in batch(rows=4, length=n, seed=n).items() if k != "token_type_ids"} for n in (5, 9, 12)]
+    qat = prepare_qat(model, "W8E8A8-int", example=data[0])
+    calibrate(qat, data)
+    qat.eval()
+    own = convert(qat)
+    assert own.gm.meta["islands"] == ()
+    assert len(named(own.gm, "int_mean")) == 1
+    wanted, found = model(**data[1]), own(**data[1])
+    cosine = torch.nn.functional.cosine_similarity(wanted, found, dim=-1)
+    assert bool((cosine > 0.95).all())
+    assert torch.equal(found, convert(qat, backend="torch")(**data[1]))
+    assert max(s.max_steps for s in compare(qat, own, data).sites.values()) <= 1

@@ -7,18 +7,24 @@ both operands of the division below 2**61. Sampled against Python's integers, wi
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import fx
 
-from kdlsq_fx.errors import InputError
+from kdlsq_fx.errors import InputError, LoweringError
+from kdlsq_fx.graph import site_of
+from kdlsq_fx.lowering import Grid, Lowering, QValue
 from kdlsq_fx.op import Op, declare
 from kdlsq_fx.ops.bounds_nonlinear import mean_bounds
 from kdlsq_fx.ops.emit_integer_curves import emit_mean
 from kdlsq_fx.ops.fixed_point import MULTIPLIER_BITS, dyadic, numpy_round_divide, random_codes, round_divide
+from kdlsq_fx.ops.lower_rules import on_grid
 from kdlsq_fx.ops.qdq import container, torch_container
+from kdlsq_fx.ranges import largest_size, magnitude
 
 Array = NDArray[Any]
 PRODUCT_BITS = 61
@@ -72,6 +78,59 @@ def numpy_int_mean(
     return np.clip(q, qmin, qmax).astype(container(qmin, qmax))
 
 
+def masked_mean(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Float ``[batch, length, width]`` to ``[batch, width]``: the mean over tokens where ``keep`` is True.
+
+    What :func:`int_mean` computes before its rounding; a text without a kept token gives 0.
+    """
+    kept = keep[:, :, None].to(x.dtype)
+    return (x * kept).sum(1) / kept.sum(1).clamp(min=1)
+
+
+def numpy_masked_mean(x: Array, keep: Array) -> Array:
+    """:func:`masked_mean` in NumPy."""
+    kept = keep[:, :, None].astype(x.dtype)
+    out: Array = (x * kept).sum(axis=1) / np.maximum(kept.sum(axis=1), x.dtype.type(1))
+    return out
+
+
+def emit_masked_mean(g: Any, x: Any, keep: Any) -> Any:
+    """:func:`masked_mean` in ONNX."""
+    kept = g.Unsqueeze(g.cast(keep, torch.float32), g.vector([-1]))
+    count = g.Max(g.ReduceSum(kept, g.vector([1]), keepdims=0), g.constant(np.float32(1)))
+    return g.Div(g.ReduceSum(g.Mul(x, kept), g.vector([1]), keepdims=0), count)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A masked mean of codes, on the grid of the quantizer behind it."""
+
+    x: QValue
+    keep: fx.Node
+    length: int
+
+    def quantized(self, lowering: Lowering, node: fx.Node, grid: Grid) -> QValue:
+        x = self.x
+        try:
+            constants = mean_constants(float(x.scale), grid.scale, self.length, magnitude(x.lo, x.hi, x.zero_point))
+        except ValueError as err:
+            raise LoweringError(
+                str(err), where=site_of(node), do="give its input fewer bits, or calibrate again"
+            ) from None
+        ends = (grid.zero_point, grid.qmin, grid.qmax)
+        dtype = torch_container(grid.qmin, grid.qmax)
+        made = lowering.call(node, int_mean, x.node, self.keep, x.zero_point, *constants, *ends, dtype=dtype)
+        return on_grid(made, grid)
+
+
+def lower_masked_mean(lowering: Lowering, node: fx.Node) -> Mean:
+    """masked_mean(x, keep) -> int_mean(x, keep), divided and rounded once"""
+    x, keep = node.args[:2]
+    value = lowering.per_tensor(x)
+    length = largest_size(x.meta["val"].shape[1], LONGEST)  # type: ignore[union-attr]
+    return Mean(value, keep, length)  # type: ignore[arg-type]
+
+
 def _sample() -> tuple[tuple[Any, ...], dict[str, Any]]:
     keep = torch.tensor([[True] * 5, [True, True, False, True, False], [False] * 5])
     return (random_codes(3, 5, 7), keep, -4, *mean_constants(0.02, 0.01, 5, 132), 1, -128, 127), {}
@@ -91,5 +150,17 @@ INT_MEAN = declare(
         onnx=emit_mean,
         bounds=functools.partial(mean_bounds, longest=LONGEST),
         sample=_sample,
+    )
+)
+MASKED_MEAN = declare(
+    Op(
+        name="masked_mean",
+        target=masked_mean,
+        sig="act, mask -> act",
+        numpy=numpy_masked_mean,
+        onnx=emit_masked_mean,
+        sample=lambda: ((_sample()[0][0].float() / 8, _sample()[0][1]), {}),
+        lower=lower_masked_mean,
+        why_float="a division by the number of tokens",
     )
 )
