@@ -126,13 +126,23 @@ def _demand(gm: fx.GraphModule, operand: fx.Node, kind: str, rule: Rule, moved: 
 
 
 def _exact(value: fx.Node) -> bool:
-    """An accumulator or a look-up, also times a number: integers with a scale already."""
+    """An accumulator or a look-up, also times a number or a vector: integers with a scale already.
+
+    A sum times a vector (MobileBERT's NoNorm) is still a sum, and rounded once with what is added next.
+    """
     value = behind_dropout(value)
     op = op_of(value)
-    if op is None:
-        return False
-    scaled = op.name in ("mul", "div") and len(tensor_args(value)) == 1
-    return op.name in EXACT or (scaled and _exact(tensor_args(value)[0]))
+    if op is None or op.name not in ("mul", "div"):
+        return op is not None and op.name in EXACT
+    operands = tensor_args(value)
+    if len(operands) == 2 and _is_vector(operands[1]):
+        scaled = op_of(behind_dropout(operands[0]))
+        return _exact(operands[0]) or (scaled is not None and scaled.name == "add")
+    return len(operands) == 1 and _exact(operands[0])
+
+
+def _is_vector(value: fx.Node) -> bool:
+    return value.op == "get_attr" and is_float(value) and value.meta["val"].dim() == 1
 
 
 def _identity(value: fx.Node) -> object:
@@ -155,7 +165,7 @@ def _want_outputs(
             continue
         value = root(operand)
         producer = op_of(behind_dropout(value))
-        rule = qconfig.find(site_of(value), producer.name) if producer else None
+        rule = qconfig.find(site_of(value), op_label(value)) if producer else None
         if producer is None or rule is None or producer.name in EXACT:
             continue
         demand = _demand(gm, operand, "act", rule, moved)

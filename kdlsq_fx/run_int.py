@@ -293,6 +293,18 @@ def take_slice(x: Array, dim: int = 0, start: Any = None, end: Any = None, step:
     return np.moveaxis(np.moveaxis(x, dim, 0)[start:end:step], 0, dim)
 
 
+def pad(x: Array, widths: Sequence[int], mode: str = "constant", value: Any = None) -> Array:
+    """``widths``: (before, after) of the last dimension, then of the one in front of it ...; below 0 they crop."""
+    if mode != "constant":
+        raise ProgramError(f"padding in mode {mode!r}: a program pads with a constant only")
+    for at in range(0, len(widths), 2):
+        axis, (before, after) = x.ndim - 1 - at // 2, widths[at : at + 2]
+        x = take_slice(x, axis, max(-before, 0), x.shape[axis] - max(-after, 0))
+        grow = [(max(before, 0), max(after, 0)) if d == axis else (0, 0) for d in range(x.ndim)]
+        x = np.pad(x, grow, constant_values=value or 0)
+    return x
+
+
 ARITHMETIC: dict[str, Callable[..., Any]] = {
     "int_linear": int_linear, "int_matmul": int_matmul, "int_conv1d": int_conv1d, "int_embedding": int_embedding,
     "lookup": lookup, "requantize": requantize, "int_add": int_add, "int_softmax": int_softmax,
@@ -310,7 +322,7 @@ MOVERS: dict[str, Callable[..., Any]] = {
     "chunk": lambda x, n, dim=0: split(x, -(-x.shape[dim] // n), dim), "split": split, "split_with_sizes": split,
     "getitem": lambda parts, i: parts[i], "cat": lambda parts, dim=0: np.concatenate(parts, axis=dim),
     "stack": lambda parts, dim=0: np.stack(parts, axis=dim), "index": index,
-    "index_select": lambda x, dim, i: np.take(x, i, axis=dim), "gather": gather,
+    "index_select": lambda x, dim, i: np.take(x, i, axis=dim), "gather": gather, "pad": pad,
 }  # fmt: skip
 SIZES: dict[str, Callable[..., Any]] = {
     "sym_size": lambda x, dim: x.shape[dim], "size_add": lambda a, b: a + b, "size_sub": lambda a, b: a - b,

@@ -15,6 +15,8 @@ from ..ops.qdq import dequantize, quantize
 from ..pipeline import graph_pass
 from .freeze import drop_unused
 
+MOVES_CODES = ("cat", "gather", "index_select", "pad")  # as long as all operands stand on one grid
+
 
 @graph_pass("qdq->int")
 def lower(gm: fx.GraphModule) -> None:
@@ -50,7 +52,7 @@ def _visit(state: Lowering, node: fx.Node) -> None:
                 state.values[node] = value
         except StaysFloat as why:
             state.reasons[node] = str(why)
-    elif moves_data(node):
+    elif moves_data(node) or op.name in MOVES_CODES:
         _move(state, node)
 
 
@@ -81,17 +83,43 @@ def _finish(state: Lowering, node: fx.Node) -> None:
 
 
 def _move(state: Lowering, node: fx.Node) -> None:
-    """view(x) and its like move the codes of x; a value with several scales is moved as floats."""
-    source = tensor_args(node)[0]
-    value = state.values.get(source)
-    several = sum(is_float(a) for a in tensor_args(node)) > 1
-    if several or not isinstance(value, QValue) or not value.is_per_tensor:
+    """view(x) and its like move the codes of x; cat joins codes of one grid; pad adds the code of zero.
+
+    Values with several scales, and floats, are moved as floats.
+    """
+    sources = [a for a in tensor_args(node) if is_float(a)]
+    values = [state.values.get(a) for a in sources]
+    first = values[0] if values else None
+    if not isinstance(first, QValue) or not first.is_per_tensor:
         return
+    if not all(isinstance(v, QValue) and _same_grid(v, first) for v in values):
+        state.reasons[node] = "its operands have different scales"
+        return
+    made = {a: v.node for a, v in zip(sources, values) if isinstance(v, QValue)}
     with node.graph.inserting_before(node):
-        moved = node.graph.node_copy(node, lambda n: value.node if n is source else n)
+        moved = node.graph.node_copy(node, lambda n: made.get(n, n))
+    if op_of(node).name == "pad" and not _pad_codes(moved, first.zero_point):  # type: ignore[union-attr]
+        state.reasons[node] = "it pads with something else than zeros"
+        node.graph.erase_node(moved)
+        return
     moved.meta = dict(node.meta)
-    moved.meta["val"] = _as_codes(node.meta["val"], value.node.meta["val"])
-    state.values[node] = QValue(moved, value.scale, value.lo, value.hi, value.zero_point)
+    moved.meta["val"] = _as_codes(node.meta["val"], first.node.meta["val"])
+    low, high = min(v.lo for v in values), max(v.hi for v in values)  # type: ignore[union-attr]
+    state.values[node] = QValue(moved, first.scale, low, high, first.zero_point)
+
+
+def _same_grid(a: QValue, b: QValue) -> bool:
+    alike = a.node.meta["val"].dtype == b.node.meta["val"].dtype
+    return a.is_per_tensor and float(a.scale) == float(b.scale) and a.zero_point == b.zero_point and alike
+
+
+def _pad_codes(node: fx.Node, zero_point: int) -> bool:
+    """Let a pad of zeros add zeros to codes; False where it adds something else, or the code of zero is another."""
+    x, widths, mode, value = (*node.args, "constant", None)[:4] if len(node.args) < 4 else node.args
+    if mode != "constant" or value not in (None, 0, 0.0) or zero_point:
+        return False
+    node.args, node.kwargs = (x, widths, "constant", 0), {}
+    return True
 
 
 def _as_codes(val: Any, codes: Any) -> Any:

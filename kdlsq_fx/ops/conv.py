@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..op import Op, declare
-from .lower_rules import lower_conv1d
+from .lower_products import lower_conv1d
 
 aten = torch.ops.aten
 Array = NDArray[Any]

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..op import Op, declare
-from .lower_rules import lower_embedding
+from .lower_products import lower_embedding
 
 aten = torch.ops.aten
 

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..op import Op, declare
+from ..ranges import Bounds, Interval
 
 aten = torch.ops.aten
 Array = NDArray[Any]
@@ -27,10 +28,25 @@ def _declare(
     numpy: Callable[..., Any],
     onnx: Callable[..., Any],
     sample: Callable[[], tuple[Any, ...]],
+    bounds: Callable[..., Bounds] | None = None,
 ) -> Op:
+    made = lambda: (sample(), {})  # noqa: E731
     return declare(
-        Op(name=name, target=target, sig=sig, numpy=numpy, onnx=onnx, sample=lambda: (sample(), {}), why_float=WHY)
+        Op(name=name, target=target, sig=sig, numpy=numpy, onnx=onnx, sample=made, bounds=bounds, why_float=WHY)
     )
+
+
+def _joined_bounds(tensors: Sequence[Interval], dim: int = 0) -> Bounds:
+    return Bounds(min(t.lo for t in tensors), max(t.hi for t in tensors))
+
+
+def _picked_bounds(x: Interval, *_: Any, **__: Any) -> Bounds:
+    return Bounds(x.lo, x.hi)
+
+
+def _padded_bounds(x: Interval, pad: Sequence[Any], mode: str = "constant", value: float | None = None) -> Bounds:
+    added = int(value or 0)
+    return Bounds(min(x.lo, added), max(x.hi, added)) if mode == "constant" else Bounds(x.lo, x.hi)
 
 
 def _emit_stack(g: Any, tensors: Sequence[Any], dim: int = 0) -> Any:
@@ -117,6 +133,7 @@ _declare(
     lambda tensors, dim=0: np.concatenate(tensors, axis=dim),
     lambda g, tensors, dim=0: g.Concat(*(g.typed(t) for t in tensors), axis=dim),
     lambda: ([_cube(), _cube()[..., :2]], -1),
+    _joined_bounds,
 )
 _declare(
     "stack",
@@ -133,6 +150,7 @@ _declare(
     numpy_pad,
     _emit_pad,
     lambda: (_cube(), [0, 0, 2, -1], "constant", 0.5),
+    _padded_bounds,
 )
 _declare(
     "index",
@@ -149,6 +167,7 @@ _declare(
     lambda x, dim, index: np.take(x, index, axis=dim),
     lambda g, x, dim, index: g.Gather(x, index, axis=dim),
     lambda: (_cube(), 1, torch.tensor([2, 0])),
+    _picked_bounds,
 )
 _declare(
     "gather",
@@ -157,6 +176,7 @@ _declare(
     numpy_gather,
     lambda g, x, dim, index, sparse_grad=False: g.GatherElements(x, g.cast(index, torch.int64), axis=dim),
     lambda: (_cube(), -1, torch.tensor([[[0, 3, 1, 1, 2]] * 3] * 2)),
+    _picked_bounds,
 )
 _declare(
     "cumsum",

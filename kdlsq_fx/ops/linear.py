@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..op import Op, declare
-from .lower_rules import lower_linear
+from .lower_products import lower_linear
 
 aten = torch.ops.aten
 Array = NDArray[Any]

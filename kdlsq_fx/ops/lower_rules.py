@@ -18,15 +18,18 @@ from torch import fx
 from ..errors import LoweringError
 from ..graph import site_of
 from ..lowering import Array, Grid, Lowering, QValue, StaysFloat, Value, array
-from ..ranges import INT32_MAX, demand_int32, dot_bound, largest_size, magnitude, product_bound
+from ..ranges import magnitude
 from .fixed_point import MAX_SHIFT, dyadic, int_add, requantize
-from .integer import int_conv1d, int_embedding, int_linear, int_matmul, lookup
+from .integer import int_embedding, lookup
 from .qdq import quantize, torch_container
 
 
 @dataclass(frozen=True)
 class Sum:
-    """Terms to be added in one fixed point and rounded once, by the quantizer behind the sum."""
+    """Terms to be added in one fixed point and rounded once, by the quantizer behind the sum.
+
+    A scale along the last dimension may be 0 or negative here: its sign goes into the multiplier.
+    """
 
     terms: tuple[QValue, ...]
 
@@ -64,7 +67,7 @@ class Curve:
 
 def requantized(lowering: Lowering, node: fx.Node, value: QValue, grid: Grid) -> QValue:
     """A QValue on another grid: a multiplier and a shift per scale (papers 4.6)."""
-    if value.zero_point or value.rows is not None:
+    if value.zero_point or value.rows is not None or (value.scale <= 0).any():
         return Sum((value,)).quantized(lowering, node, grid)
     try:
         pairs = [dyadic(float(r)) for r in np.atleast_1d(value.scale / grid.scale)]
@@ -98,9 +101,10 @@ def on_grid(node: fx.Node, grid: Grid) -> QValue:
 
 def _shift(terms: tuple[QValue, ...], ratios: list[Array], site: str) -> int:
     """The finest fixed point in which the sum of the terms stays below 2**62."""
-    if not all(np.isfinite(r).all() and (r > 0).all() for r in ratios):
-        raise LoweringError("a scale is not finite and positive", where=site)
-    largest = sum(magnitude(t.lo, t.hi, t.zero_point) * float(r.max()) for t, r in zip(terms, ratios))
+    if not all(np.isfinite(r).all() for r in ratios):
+        raise LoweringError("a scale is not finite", where=site, do="look for NaN in training")
+    factors = [float(np.abs(r).max()) for r in ratios]
+    largest = sum(magnitude(t.lo, t.hi, t.zero_point) * f for t, f in zip(terms, factors))
     shift = min(MAX_SHIFT - 1, MAX_SHIFT - 1 - int(np.ceil(np.log2(max(largest, 1e-300)))))
     if shift < 1:
         raise LoweringError(
@@ -108,7 +112,7 @@ def _shift(terms: tuple[QValue, ...], ratios: list[Array], site: str) -> int:
             where=site,
             do="calibrate again: the scale of the sum is far too small",
         )
-    ceiling = int(MAX_SHIFT - np.ceil(np.log2(max(float(r.max()) for r in ratios))) - 1)
+    ceiling = int(MAX_SHIFT - np.ceil(np.log2(max(*factors, 1e-300))) - 1)
     return max(1, min(shift, ceiling))
 
 
@@ -126,126 +130,67 @@ def _multiplier(lowering: Lowering, node: fx.Node, term: QValue, factor: Array, 
     return lowering.store(node, f"multiplier_{index}", torch.from_numpy(factor))
 
 
-def _weight(lowering: Lowering, operand: Any) -> tuple[QValue, Array]:
-    weight = lowering.codes(operand)
-    if weight.codes is None:
-        raise StaysFloat("its weight is not a constant")
-    if weight.zero_point or weight.rows is not None or weight.axis not in (None, 0):
-        raise StaysFloat("its weight has a zero point, or scales along its inputs")
-    return weight, weight.codes
-
-
-def _bias(lowering: Lowering, operand: Any, scale: Array) -> Array | None:
-    """Codes at the scale of the accumulator; exact where the bias stands on that grid already, as training left it."""
-    if operand is None:
-        return None
-    value = lowering.values.get(operand)
-    if isinstance(value, QValue) and value.codes is not None:
-        real = value.codes.astype(np.float64) * value.scale
-    elif (tensor := lowering.constant(operand)) is not None:
-        real = array(tensor).astype(np.float64)
-    else:
-        raise StaysFloat("its bias is not a constant")
-    codes: Array = np.rint(real / scale)
-    if not np.isfinite(codes).all() or np.abs(codes).max(initial=0) > INT32_MAX:
-        codes = np.full_like(codes, 2.0**40)  # the proof of the accumulator then fails, and names the site
-    return codes.astype(np.int64)
-
-
-def _product(
-    lowering: Lowering, node: fx.Node, target: Callable[..., Any], axis: int, extra: tuple[Any, ...]
-) -> QValue:
-    args = node.args
-    x = lowering.per_tensor(args[0])
-    weight, codes = _weight(lowering, args[1])
-    scale = x.scale * weight.scale
-    bias = _bias(lowering, args[2] if len(args) > 2 else node.kwargs.get("bias"), scale)
-    bound = demand_int32(dot_bound(codes, magnitude(x.lo, x.hi, x.zero_point), bias), site_of(node))
-    stored = None
-    if bias is not None:
-        stored = lowering.store(node, "bias", torch.from_numpy(bias.astype(np.int32)))
-    made = lowering.call(
-        node, target, x.node, weight.node, stored, *extra, x_zero_point=x.zero_point, bound=bound, dtype=torch.int32
-    )
-    return QValue(made, scale, -bound, bound, axis=axis if scale.ndim else None)
-
-
-def lower_linear(lowering: Lowering, node: fx.Node) -> QValue:
-    """linear(x, w, b) -> int_linear(x, w, b) with the scale ``s_x * s_w``"""
-    return _product(lowering, node, int_linear, -1, ())
-
-
-def lower_conv1d(lowering: Lowering, node: fx.Node) -> QValue:
-    """conv1d(x, w, b, ...) -> int_conv1d(x, w, b, ...) with the scale ``s_x * s_w``"""
-    defaults: tuple[Any, ...] = ((1,), (0,), (1,), 1)
-    given = tuple(node.args[3:])
-    return _product(lowering, node, int_conv1d, 1, (*given, *defaults[len(given) :]))
-
-
-def lower_matmul(lowering: Lowering, node: fx.Node) -> QValue:
-    """matmul(a, b) -> int_matmul(a, b) with the scale ``s_a * s_b``; the longest inner product proves the bound"""
-    a, b = (lowering.per_tensor(arg) for arg in node.args[:2])
-    a_max, b_max = (max(magnitude(v.lo, v.hi, v.zero_point), 1) for v in (a, b))
-    longest = max(INT32_MAX // (a_max * b_max), 1)  # a length unknown here is checked when the op runs
-    length = largest_size(node.args[0].meta["val"].shape[-1], longest)  # type: ignore[union-attr]
-    bound = demand_int32(product_bound(length, a_max, b_max), site_of(node))
-    made = lowering.call(
-        node,
-        int_matmul,
-        a.node,
-        b.node,
-        a_zero_point=a.zero_point,
-        b_zero_point=b.zero_point,
-        a_max=a_max,
-        b_max=b_max,
-        dtype=torch.int32,
-    )
-    return QValue(made, a.scale * b.scale, -bound, bound)
-
-
-def lower_embedding(lowering: Lowering, node: fx.Node) -> QValue | None:
-    """embedding(table, ids) -> int_embedding(table, ids); scales of rows are picked by the same ids"""
-    table, ids = node.args[:2]
-    raw = lowering.constant(table)
-    if raw is not None and not raw.is_floating_point():  # gathered first, dequantized after
-        made = lowering.call(node, int_embedding, table, ids, dtype=raw.dtype)
-        lowering.ranges[made] = lowering.range_of(table)  # type: ignore[arg-type]
-        node.replace_all_uses_with(made)
-        return None
-    try:
-        value = lowering.codes(table)
-    except StaysFloat:
-        raise StaysFloat("its table is not quantized") from None
-    if value.axis not in (None, 0):
-        raise StaysFloat("its table has scales along its columns")
-    made = lowering.call(node, int_embedding, value.node, ids, dtype=value.node.meta["val"].dtype)
-    rows = None if value.is_per_tensor else ids
-    return replace(value, node=made, codes=None, axis=None, rows=rows)  # type: ignore[arg-type]
-
-
 def lower_add(lowering: Lowering, node: fx.Node) -> Sum:
-    """add(a, b) -> the terms of a and b, to be rounded once by the quantizer behind"""
+    """add(a, b) -> the terms of a and b, to be rounded once by the quantizer behind; b may be a constant vector"""
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
         raise StaysFloat("its second operand is scaled")
-    terms: list[QValue] = []
-    for operand in node.args:
-        value = lowering.values.get(operand) if isinstance(operand, fx.Node) else None
-        terms += value.terms if isinstance(value, Sum) else [lowering.codes(operand)]
+    terms = [t for operand in node.args for t in _terms(lowering, node, operand)]
+    if all(lowering.constant(operand) is not None for operand in node.args if isinstance(operand, fx.Node)):
+        raise StaysFloat("it reads no codes")
     if any(t.axis not in (None, -1) for t in terms):
         raise StaysFloat("an operand has scales along a dimension that is not its last")
     return Sum(tuple(terms))
 
 
-def lower_scaled(lowering: Lowering, node: fx.Node) -> QValue:
-    """mul(x, number), div(x, number) -> x with another scale: no operation at all"""
-    left, right = node.args
+def _terms(lowering: Lowering, node: fx.Node, operand: Any) -> tuple[QValue, ...]:
+    """What an operand adds to a sum; a constant ``c`` is the code 1 with the scale ``c``, so it is rounded once too."""
+    value = lowering.values.get(operand) if isinstance(operand, fx.Node) else None
+    if isinstance(value, Sum):
+        return value.terms
+    if value is None and (constant := _vector(lowering, node, operand)) is not None:
+        if not constant.any():
+            return ()
+        one = lowering.store(node, "one", torch.ones(1, dtype=torch.int8))
+        return (QValue(one, constant, 1, 1, axis=-1 if constant.ndim else None),)
+    return (lowering.codes(operand),)
+
+
+def _vector(lowering: Lowering, node: fx.Node, operand: Any) -> Array | None:
+    """A constant operand as float64: 0-d, or one number per element of the last dimension; None where it is neither."""
+    if isinstance(operand, (int, float)) and not isinstance(operand, bool):
+        return np.asarray(float(operand))
+    tensor = lowering.constant(operand)
+    if tensor is None or not tensor.is_floating_point() or tensor.ndim > 1:
+        return None
+    if tensor.ndim and tensor.shape[0] != node.meta["val"].shape[-1]:
+        return None
+    return array(tensor).astype(np.float64)
+
+
+def lower_scaled(lowering: Lowering, node: fx.Node) -> QValue | Sum:
+    """mul(x, number or vector), div(x, ...) -> x with other scales, along its last dimension: no operation at all"""
+    left, right = node.args[:2]
     is_div = "div" in str(node.target)
-    if not is_div and not isinstance(left, fx.Node):
+    if not is_div and _vector(lowering, node, left) is not None:
         left, right = right, left
-    value, factor = lowering.codes(left), lowering.number(right)
-    if not (np.isfinite(factor) and factor > 0):
+    factor = _vector(lowering, node, right)
+    if factor is None:
+        factor = np.asarray(lowering.number(right))
+    if not np.isfinite(factor).all() or (factor.ndim == 0 and factor <= 0) or (is_div and not factor.all()):
         raise StaysFloat(f"it scales by {factor}")
-    return replace(value, scale=value.scale / factor if is_div else value.scale * factor, codes=None)
+    value = lowering.values.get(left) if isinstance(left, fx.Node) else None
+    if isinstance(value, Sum):
+        return Sum(tuple(_scaled(term, factor, is_div) for term in value.terms))
+    return _scaled(lowering.codes(left), factor, is_div)
+
+
+def _scaled(value: QValue, factor: Array, is_div: bool) -> QValue:
+    scale = value.scale / factor if is_div else value.scale * factor
+    if factor.ndim == 0:
+        return replace(value, scale=scale, codes=None)
+    if value.rows is not None or value.axis not in (None, -1):
+        raise StaysFloat("it scales every channel of an operand whose scales belong to another dimension")
+    return replace(value, scale=scale, axis=-1, codes=None)
 
 
 def lower_table(lowering: Lowering, node: fx.Node) -> Value:

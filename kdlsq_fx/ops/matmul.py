@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..op import Op, declare
-from .lower_rules import lower_matmul
+from .lower_products import lower_matmul
 
 aten = torch.ops.aten
 
