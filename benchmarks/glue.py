@@ -44,7 +44,7 @@ FP32: dict[str, dict[str, Any]] = {
 EPOCHS: dict[str, dict[str, float]] = {
     "W8E8A8": {"sst2": 0.1, "cola": 0.5, "stsb": 0.5, "mrpc": 0.5, "rte": 0.5},
     "W4E4A8": {"sst2": 0.4, "cola": 2, "stsb": 1, "mrpc": 1.5, "rte": 1.5},
-    "W2E2A8": {"sst2": 1, "cola": 4, "stsb": 2.5, "mrpc": 3, "rte": 3},
+    "W2E2A8": {"sst2": 1, "cola": 4, "stsb": 5, "mrpc": 6, "rte": 10},
 }
 LR = {"W8E8A8": 2e-5, "W4E4A8": 5e-5, "W2E2A8": 1e-4}
 BATCH = {"sst2": 64}
