@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import fetch, module_path, moves_data
+from .graph import fetch, module_path, moves_data, root
 from .op import op_of, tensor_args
 
 aten = torch.ops.aten
@@ -168,3 +168,14 @@ def _moved(like: fx.Node, source: fx.Node, kept: fx.Node) -> fx.Node:
         node = like.graph.node_copy(like, lambda n: kept if n is source else n)
     node.meta = {"val": like.meta["val"].to(torch.bool), "path": module_path(like), "plumbing": True}
     return node
+
+
+def tokens_there(node: Any) -> fx.Node | None:
+    """The bool or the input ``attention_mask`` that a float of zeros and ones was made from; None for anything else."""
+    op = op_of(node) if isinstance(node, fx.Node) else None
+    if op is None or op.name != "to" or not node.meta.get("plumbing"):
+        return None
+    truth: fx.Node = node.args[0]
+    source = root(truth)
+    named = source.op == "placeholder" and str(source.target) == "attention_mask"
+    return truth if truth.meta["val"].dtype == torch.bool or named else None

@@ -8,8 +8,10 @@ import torch
 from torch import fx, nn
 
 from ..errors import CalibrationError
+from ..folding import fold_constants, tabulate_positions
 from ..graph import EXACT, fetch, module_path, op_label, put, root, site_of, unused_name
 from ..lsq import BiasGrid, Lsq
+from ..masks import tokens_there
 from ..op import op_of, tensor_args
 from ..ops.int_norm import integer_layer_norm
 from ..ops.qat import bias_grid, norm_on_grid
@@ -21,9 +23,12 @@ from ..pipeline import graph_pass
 def freeze(gm: fx.GraphModule) -> None:
     """lsq(x) -> dequantize(quantize(x)); lsq(w), bias_grid(b) -> dequantize(codes); norm_on_grid -> integer_layer_norm
 
-    The graph computes what qat computes in eval mode, bit for bit. Raises CalibrationError for a quantizer without a
+    What constants alone decide is computed here, and buckets of positions become tables (kdlsq_fx/folding.py). The
+    graph computes what qat computes in eval mode, bit for bit. Raises CalibrationError for a quantizer without a
     scale, and for a weight or scale that is not finite.
     """
+    fold_constants(gm)
+    tabulate_positions(gm)
     names: dict[str, str] = {}
     for node in gm.graph.nodes:
         if (op := op_of(node)) is not None and op.name == "lsq":
@@ -38,6 +43,7 @@ def freeze(gm: fx.GraphModule) -> None:
             _freeze_quantizer(gm, node, names)
     if gm.meta["qconfig"].placement == "integer":
         for node in gm.graph.find_nodes(op="call_function", target=quantize):
+            _mask_behind(node)
             _hoist(node)
     gm.graph.eliminate_dead_code()
     drop_unused(gm)
@@ -65,6 +71,24 @@ def _freeze_quantizer(gm: fx.GraphModule, node: fx.Node, names: dict[str, str]) 
     new = _call(gm, node, dequantize, (codes, scale, zero_point, axis), _undone(site_of(node)), torch.float32)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
+
+
+def _mask_behind(node: fx.Node) -> None:
+    """dequantize(quantize(x * mask)) -> dequantize(quantize(x)) * mask: the same for zeros and ones
+
+    DeBERTa zeroes what its LayerNorm makes of padding; the integers of the LayerNorm wait for the quantizer.
+    """
+    masked: fx.Node = node.args[0]  # type: ignore[assignment]
+    if op_label(masked) != "mul" or tokens_there(masked.args[1]) is None or masked.op != "call_function":
+        return
+    node.replace_input_with(masked, masked.args[0])  # type: ignore[arg-type]
+    for back in [u for u in node.users if u.target is dequantize]:
+        with node.graph.inserting_after(back):
+            again = node.graph.node_copy(masked, lambda n, back=back: back if n is masked.args[0] else n)
+        again.meta = {k: v for k, v in masked.meta.items() if k != "site"}
+        back.replace_all_uses_with(again, delete_user_cb=lambda user, again=again: user is not again)
+    if not masked.users:
+        node.graph.erase_node(masked)
 
 
 def _hoist(node: fx.Node) -> None:

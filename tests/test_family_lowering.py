@@ -1,4 +1,4 @@
-"""Families that lower by rules of their own: MobileBERT's NoNorm and its joined embeddings, MPNet's buckets."""
+"""Families that lower by rules of their own: MobileBERT's NoNorm and joined embeddings, buckets of MPNet, DeBERTa."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import torch
 from calibrated import calibrated
 from families import batch, for_model, tiny
 from torch import nn
+from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from kdlsq_fx.api import convert, freeze_qat, prepare_qat
 from kdlsq_fx.calibration import calibrate
 from kdlsq_fx.comparison import compare
+from kdlsq_fx.graph import fetch
 from kdlsq_fx.op import op_of
 
 torch.set_num_threads(1)
@@ -60,7 +63,7 @@ def test_a_sum_times_a_vector_plus_a_vector_is_rounded_once(preset: str) -> None
     assert max(s.off / s.outputs for s in seen.sites.values()) <= 1e-3
 
 
-@pytest.mark.parametrize("family", ["mobilebert"])
+@pytest.mark.parametrize("family", ["mobilebert", "mpnet", "deberta-v2"])
 def test_no_float_is_left_and_the_integers_are_those_of_training(family: str) -> None:
     qat = calibrated("W8E8A8-int", family)
     model = convert(qat)  # refuses islands, and floats in masks and positions
@@ -83,6 +86,40 @@ def test_pads_and_joins_move_codes() -> None:
     for node in model.gm.graph.nodes:
         if (op := op_of(node)) is not None and op.name in ("pad", "cat"):
             assert node.meta["val"].dtype == torch.int8
+
+
+def table_of(family: str) -> tuple[int, torch.Tensor]:
+    """The first distance and the entries of a family's table of buckets, in the frozen graph."""
+    model = freeze_qat(calibrated("W8E8A8-int", family))
+    (node,) = [n for n in model.gm.graph.nodes if (op := op_of(n)) is not None and op.name == "lookup"]
+    assert "log" not in names(model)
+    near, table, first = node.args
+    assert near.args[1:] == (first, first + len(fetch(model.gm, table.target)) - 1)
+    return first, fetch(model.gm, table.target)
+
+
+def test_the_buckets_of_mpnet_are_those_of_its_own_code() -> None:
+    """transformers' function, in floats, for every distance in a text of 2**20 tokens."""
+    first, table = table_of("mpnet")
+    distances = torch.arange(-(2**20) + 1, 2**20)
+    wanted = MPNetEncoder.relative_position_bucket(distances)
+    assert torch.equal(table[distances.clamp(first, first + len(table) - 1) - first], wanted)
+
+
+def test_the_buckets_of_deberta_are_those_of_its_own_code() -> None:
+    """For every distance in a text of as many tokens as its positions allow."""
+    config = tiny("deberta-v2").config
+    first, table = table_of("deberta-v2")
+    longest = config.max_position_embeddings
+    wanted = make_log_bucket_position(torch.arange(1 - longest, longest), config.position_buckets, longest)
+    assert first <= 1 - longest or bool((table[0] == wanted[: first + longest]).all())
+    assert torch.equal(table[torch.arange(1 - longest, longest).clamp(first, -first) - first], wanted.long())
+
+
+def test_what_constants_alone_decide_is_computed_once() -> None:
+    model = freeze_qat(calibrated("W8E8A8-int", "deberta-v2"))
+    left = names(model)
+    assert "sqrt" not in left and "layer_norm" not in left
 
 
 def test_codes_of_two_scales_are_not_joined() -> None:

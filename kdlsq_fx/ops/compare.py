@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..op import Op, declare
+from ..ranges import Bounds
 
 aten = torch.ops.aten
 
@@ -163,6 +164,7 @@ MASKED_FILL = declare(
         target=aten.masked_fill.Scalar,
         sig="float, mask -> float",
         numpy=lambda x, mask, value: np.where(mask, np.asarray(value, x.dtype), x),
+        bounds=lambda x, mask, value: Bounds(min(x.lo, int(value)), max(x.hi, int(value))),
         onnx=lambda g, x, mask, value: g.Where(mask, g.typed(value), x),
         sample=lambda: ((_numbers(), _mask()[:1], LOWEST), {}),
         why_float=WHY,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..op import Op, declare
+from ..ranges import Bounds, Interval
 from .lower_rules import lower_add, lower_scaled, lower_table
 
 aten = torch.ops.aten
@@ -104,6 +106,12 @@ def emit_div_mode(g: Any, a: Any, b: Any, rounding_mode: str | None = None) -> A
 
 def numpy_pow(x: Any, exponent: Any) -> Any:
     return np.power(*_promoted(x, exponent))
+
+
+def _clamp_bounds(x: Interval, min: int | None = None, max: int | None = None) -> Bounds:  # noqa: A002
+    """Of integers: both ends are clamped too."""
+    low, high = (v if min is None else builtins.max(v, min) for v in (x.lo, x.hi))
+    return Bounds(*(v if max is None else builtins.min(v, max) for v in (low, high)))
 
 
 def _signed() -> torch.Tensor:
@@ -268,6 +276,7 @@ CLAMP = declare(
         sig="float -> float",
         numpy=lambda x, min=None, max=None: np.clip(x, min, max),
         onnx=lambda g, x, min=None, max=None: g.clip(x, min, max),
+        bounds=_clamp_bounds,
         sample=lambda: ((torch.arange(-5, 9), 0, 6), {}),
         why_float=WHY_FLOAT,
     )

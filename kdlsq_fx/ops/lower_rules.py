@@ -18,10 +18,13 @@ from torch import fx
 from ..errors import LoweringError
 from ..graph import site_of
 from ..lowering import Array, Grid, Lowering, QValue, StaysFloat, Value, array
+from ..masks import tokens_there
 from ..ranges import magnitude
 from .fixed_point import MAX_SHIFT, dyadic, int_add, requantize
 from .integer import int_embedding, lookup
 from .qdq import quantize, torch_container
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -168,9 +171,14 @@ def _vector(lowering: Lowering, node: fx.Node, operand: Any) -> Array | None:
 
 
 def lower_scaled(lowering: Lowering, node: fx.Node) -> QValue | Sum:
-    """mul(x, number or vector), div(x, ...) -> x with other scales, along its last dimension: no operation at all"""
+    """mul(x, number or vector), div(x, ...) -> x with other scales, along its last dimension: no operation at all
+
+    mul(x, mask) with a mask of zeros and ones -> the codes of x, and that of zero where nothing is there.
+    """
     left, right = node.args[:2]
     is_div = "div" in str(node.target)
+    if not is_div and (there := tokens_there(right)) is not None:
+        return _masked(lowering, node, lowering.per_tensor(left), there)
     if not is_div and _vector(lowering, node, left) is not None:
         left, right = right, left
     factor = _vector(lowering, node, right)
@@ -182,6 +190,15 @@ def lower_scaled(lowering: Lowering, node: fx.Node) -> QValue | Sum:
     if isinstance(value, Sum):
         return Sum(tuple(_scaled(term, factor, is_div) for term in value.terms))
     return _scaled(lowering.codes(left), factor, is_div)
+
+
+def _masked(lowering: Lowering, node: fx.Node, value: QValue, there: fx.Node) -> QValue:
+    absent = lowering.call(node, aten.eq.Scalar, there, 0, dtype=torch.bool, site=f"{site_of(node)}/absent")
+    absent.meta["val"] = there.meta["val"].detach().to(torch.bool)
+    dtype = value.node.meta["val"].dtype
+    made = lowering.call(node, aten.masked_fill.Scalar, value.node, absent, value.zero_point, dtype=dtype)
+    low, high = min(value.lo, value.zero_point), max(value.hi, value.zero_point)
+    return replace(value, node=made, lo=low, hi=high, codes=None)
 
 
 def _scaled(value: QValue, factor: Array, is_div: bool) -> QValue:
