@@ -44,7 +44,7 @@ FP32: dict[str, dict[str, Any]] = {
 EPOCHS: dict[str, dict[str, float]] = {
     "W8E8A8": {"sst2": 0.1, "cola": 0.5, "stsb": 0.5, "mrpc": 0.5, "rte": 0.5},
     "W4E4A8": {"sst2": 0.4, "cola": 2, "stsb": 1, "mrpc": 1.5, "rte": 1.5},
-    "W2E2A8": {"sst2": 1, "cola": 4, "stsb": 5, "mrpc": 6, "rte": 10},
+    "W2E2A8": {"sst2": 1, "cola": 4, "stsb": 4, "mrpc": 3, "rte": 6},
 }
 LR = {"W8E8A8": 2e-5, "W4E4A8": 5e-5, "W2E2A8": 1e-4}
 BATCH = {"sst2": 64}
