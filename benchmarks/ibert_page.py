@@ -32,7 +32,8 @@ CAUSES = """\
   issue 26738, I-BERT issue 10.)
 * **float32.** Repairing it changes next to nothing: with these sizes accumulators stay below 2**24 (at more than 1,040
   inputs they may pass it), and where exp and LayerNorm pass it, 8 bits of the result hardly show it. One case is plain:
-  a lone key gets probability 256/256, since float32 rounds 2**32 - 4 up; the integers meant give 255/256, as ours do.
+  a lone key whose exponential is at the end of its 16 bits gets 256/256, since float32 rounds 2**32 - 4 up; in integers
+  that is 255/256, which is also what ours gives.
 * **Weights at +127.** `SymmetricQuantFunction` clamps to -127..126 on a scale that is the maximum over 127: {cut:.0f} %
   of the rows lose a step of their largest weight, and so do tables whose largest entry is positive. That is all there
   is between Q, K, V of the two; sums of 22 bits show it as thousands of steps.
