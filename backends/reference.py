@@ -1,6 +1,7 @@
 """The reference backend: an integer graph executed in NumPy, op by op, by the meanings the op table gives.
 
-No torch kernel takes part. It says what the integers mean; other backends are compared with it.
+No torch kernel takes part, and float islands compute in float64. It says what the integers mean; other backends are
+compared with it.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class ReferenceModel:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.inputs = tuple(str(n.target) for n in gm.graph.find_nodes(op="placeholder"))
         self._names = tuple(n.name for n in gm.graph.find_nodes(op="placeholder"))
-        constants = {n.name: _array(fetch(gm, str(n.target))) for n in gm.graph.find_nodes(op="get_attr")}
+        constants = {n.name: _exact(_array(fetch(gm, str(n.target)))) for n in gm.graph.find_nodes(op="get_attr")}
         dying = _last_uses(gm.graph)
         calls = [n for n in gm.graph.nodes if n.op in ("call_function", "call_module", "call_method")]
         self.steps = [_step(n, constants, dying.get(n, ())) for n in calls]
@@ -89,7 +90,20 @@ class ReferenceModel:
                 values[step.name] = result
                 for name in step.frees:
                     del values[name]
-        return _resolved(self._result, values)
+        return _as_float32(_resolved(self._result, values))
+
+
+def _exact(constant: Array) -> Array:
+    """Float constants in float64, so that float islands compute in float64: what a code is at a near-tie is then a
+    matter of the graph, not of the order in which floats were added."""
+    return constant.astype(np.float64) if constant.dtype == np.float32 else constant
+
+
+def _as_float32(value: Any) -> Any:
+    """Results as the model has them."""
+    if isinstance(value, tuple):
+        return tuple(_as_float32(v) for v in value)
+    return value.astype(np.float32) if getattr(value, "dtype", None) == np.float64 else value
 
 
 def _array(value: Any) -> Any:

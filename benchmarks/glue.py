@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from kdlsq_fx import data, job, metrics, opening
+from kdlsq_fx.comparison import exactly
 from kdlsq_fx.errors import KdlsqError
 from kdlsq_fx.files import INFO, write_json
 
@@ -30,8 +31,13 @@ HERE = Path(__file__).resolve().parent
 RESULTS, REPORT = HERE / "results" / "glue", HERE / "glue.md"
 TASKS = ("rte", "mrpc", "cola", "stsb", "sst2")
 PRESETS = ("W2E2A8", "W4E4A8", "W8E8A8")  # hardest first: it decides whether the recipe is right
-ROWS = ("min-max PTQ", "student (qat)", "integer", "ONNX")
-ROWS_OF_INT = ("student (qat)", "integer")  # integer-only presets: the file for them is tested for equality, not scored
+EXACT = "student in float64"
+ROWS = ("min-max PTQ", "student (qat)", EXACT, "integer", "ONNX")
+ROWS_OF_INT = (
+    "student (qat)",
+    EXACT,
+    "integer",
+)  # integer-only presets: the file for them is tested for equality, not scored
 
 # Chosen for two CPU cores; README.md tells how.
 FP32: dict[str, dict[str, Any]] = {
@@ -117,6 +123,8 @@ def run(task: str, preset: str, args: argparse.Namespace) -> None:
         made = job.preset_rows(teacher, teacher, dataset, tokenizer, preset, out=out, recipe=chosen, skip=skip)
         for row in made:
             keep(row)
+        if EXACT not in found["rows"]:
+            keep(job.measure(EXACT, preset, exactly(job.trained(out, preset)), dataset))
     except (KdlsqError, ImportError, NotImplementedError) as e:  # the student is safe; --evaluate fills in the rest
         say(f"{task} {preset}: stopped ({type(e).__name__}: {e})")
 
@@ -205,20 +213,29 @@ def public(row: job.Row, task: str, seed: int) -> dict[str, Any]:
 
 
 def agreement_lines(rows: dict[Any, Any]) -> list[str]:
-    """Rows of all dev sets together on which the integer model and the ONNX file predict what the student does."""
-    out = ["Predictions equal to the student's (STS-B: within 0.05 of its 0 to 5), all dev sets together:", ""]
+    """On how many rows two executions of one student predict the same."""
+    out = [
+        "Predictions that are equal (STS-B: within 0.05 of its 0 to 5), all dev sets together. The student in float64 is",
+        "the same graph, its sums without float32's rounding; in float32 it differs from itself at near-ties.",
+        "",
+        "| preset | integer, float64 | integer, float32 | ONNX, float32 | float32, float64 |",
+        "|---|---|---|---|---|",
+    ]
+    pairs = (("integer", EXACT), ("integer", "student (qat)"), ("ONNX", "student (qat)"), ("student (qat)", EXACT))
     for preset in sorted({p for _, p, n in rows if n == "student (qat)"}, key=_order):
-        for name in ROWS[2:]:
-            same = total = 0
-            for task in TASKS:
-                a, b = rows.get((task, preset, name)), rows.get((task, preset, "student (qat)"))
-                if a and b:
-                    x, y = np.asarray(a["predictions"]), np.asarray(b["predictions"])
-                    equal = np.abs(x - y) <= (0.05 if data.GLUE[task].regression else 0)
-                    same, total = same + int(equal.sum()), total + len(x)
-            if total:
-                out.append(f"- {preset} {name}: {same} of {total} rows ({100 * same / total:.2f} %)")
+        out.append(f"| {preset} | " + " | ".join(_equal(rows, preset, a, b) for a, b in pairs) + " |")
     return out
+
+
+def _equal(rows: dict[Any, Any], preset: str, left: str, right: str) -> str:
+    same = total = 0
+    for task in TASKS:
+        a, b = rows.get((task, preset, left)), rows.get((task, preset, right))
+        if a and b:
+            x, y = np.asarray(a["predictions"]), np.asarray(b["predictions"])
+            equal = np.abs(x - y) <= (0.05 if data.GLUE[task].regression else 0)
+            same, total = same + int(equal.sum()), total + len(x)
+    return f"{same} of {total} ({100 * same / total:.2f} %)" if total else "–"
 
 
 def _order(preset: str) -> tuple[int, str]:

@@ -240,6 +240,15 @@ def _runner_of_graph(gm: fx.GraphModule, exact: bool) -> Run:
     return run
 
 
+def exactly(qat: QuantModel) -> QuantModel:
+    """The qdq form of a qat (or qdq) model, computing in float64: what its quantizers decide then does not hang on the
+    order in which floats are added. Call it like the model itself."""
+    own = copy.copy(_frozen(qat))
+    own._modules = dict(own._modules)
+    own.gm = in_float64(own.gm)
+    return own
+
+
 def in_float64(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy that computes in float64 what ``gm`` computes in float32, on the same weights and scales."""
     own = copy.deepcopy(gm).double()
