@@ -215,8 +215,8 @@ def public(row: job.Row, task: str, seed: int) -> dict[str, Any]:
 def agreement_lines(rows: dict[Any, Any]) -> list[str]:
     """On how many rows two executions of one student predict the same."""
     out = [
-        "Predictions that are equal (STS-B: within 0.05 of its 0 to 5), all dev sets together. The student in float64 is",
-        "the same graph, its sums without float32's rounding; in float32 it differs from itself at near-ties.",
+        "Predictions that are equal (STS-B: within 0.05 of its 0 to 5), all dev sets together. The student in float64",
+        "is the same graph, its sums without float32's rounding; in float32 it differs from itself at near-ties.",
         "",
         "| preset | integer, float64 | integer, float32 | ONNX, float32 | float32, float64 |",
         "|---|---|---|---|---|",
