@@ -77,9 +77,10 @@ def _sources(gm: fx.GraphModule) -> dict[fx.Node, fx.Node | None]:
 
 def _fits(node: fx.Node, base: fx.Node | None) -> bool:
     """True where ``node`` has one element for each of its base's integers."""
-    value, codes = node.meta["val"], base.meta["val"] if base is not None else None
-    whole = isinstance(codes, torch.Tensor) and codes.dtype in (torch.int32, torch.int64)
-    return whole and str(tuple(value.shape)) == str(tuple(codes.shape))
+    codes = base.meta["val"] if base is not None else None
+    if not isinstance(codes, torch.Tensor) or codes.dtype not in (torch.int32, torch.int64):
+        return False
+    return str(tuple(node.meta["val"].shape)) == str(tuple(codes.shape))
 
 
 def _leaves(node: fx.Node, source: dict[fx.Node, fx.Node | None]) -> bool:

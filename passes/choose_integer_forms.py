@@ -43,6 +43,8 @@ def choose_integer_forms(gm: fx.GraphModule) -> None:
             _mean(node, *mean)
         elif op.name == "softmax" and _over_last(node):
             _softmax(gm, node, rule.nonlinear or "table")
+        elif op.name == "softmax":
+            node.meta["why_float"] = "it runs over a dimension that is not the last"
 
 
 def _over_last(node: fx.Node) -> bool:

@@ -23,12 +23,13 @@ from ..pipeline import graph_pass
 def freeze(gm: fx.GraphModule) -> None:
     """lsq(x) -> dequantize(quantize(x)); lsq(w), bias_grid(b) -> dequantize(codes); norm_on_grid -> integer_layer_norm
 
-    What constants alone decide is computed here, and buckets of positions become tables (kdlsq_fx/folding.py). The
-    graph computes what qat computes in eval mode, bit for bit. Raises CalibrationError for a quantizer without a
-    scale, and for a weight or scale that is not finite.
+    With the integer placement what constants alone decide is computed here, and buckets of positions become tables
+    (kdlsq_fx/folding.py). The graph computes what qat computes in eval mode, bit for bit. Raises CalibrationError for
+    a quantizer without a scale, and for a weight or scale that is not finite.
     """
-    fold_constants(gm)
-    tabulate_positions(gm)
+    if gm.meta["qconfig"].placement == "integer":
+        fold_constants(gm)
+        tabulate_positions(gm)
     names: dict[str, str] = {}
     for node in gm.graph.nodes:
         if (op := op_of(node)) is not None and op.name == "lsq":
@@ -81,12 +82,14 @@ def _mask_behind(node: fx.Node) -> None:
     masked: fx.Node = node.args[0]  # type: ignore[assignment]
     if op_label(masked) != "mul" or tokens_there(masked.args[1]) is None or masked.op != "call_function":
         return
-    node.replace_input_with(masked, masked.args[0])  # type: ignore[arg-type]
+    x: fx.Node = masked.args[0]  # type: ignore[assignment]
+    node.replace_input_with(masked, x)
     for back in [u for u in node.users if u.target is dequantize]:
         with node.graph.inserting_after(back):
-            again = node.graph.node_copy(masked, lambda n, back=back: back if n is masked.args[0] else n)
+            again = node.graph.call_function(masked.target, (x, *masked.args[1:]))  # type: ignore[arg-type]
         again.meta = {k: v for k, v in masked.meta.items() if k != "site"}
-        back.replace_all_uses_with(again, delete_user_cb=lambda user, again=again: user is not again)
+        back.replace_all_uses_with(again)
+        again.replace_input_with(x, back)
     if not masked.users:
         node.graph.erase_node(masked)
 

@@ -87,7 +87,7 @@ def _move(state: Lowering, node: fx.Node) -> None:
 
     Values with several scales, and floats, are moved as floats.
     """
-    sources = [a for a in tensor_args(node) if is_float(a)]
+    sources = tensor_args(node)[:1] if moves_data(node) else [a for a in tensor_args(node) if is_float(a)]
     values = [state.values.get(a) for a in sources]
     first = values[0] if values else None
     if not isinstance(first, QValue) or not first.is_per_tensor:
@@ -151,7 +151,7 @@ def _islands(state: Lowering, hidden: frozenset[str]) -> tuple[Island, ...]:
         op = op_of(node)
         if op is None or not computes_floats(node) or site_of(node) in hidden:
             continue
-        reason = state.reasons.get(node) or op.why_float or "it has no integer form"
+        reason = state.reasons.get(node) or node.meta.get("why_float") or op.why_float or "it has no integer form"
         if node in state.values:  # a sum or a function of codes that nobody rounds
             reason = "no quantizer stands behind it"
         found.append(Island(site_of(node), op.name, reason))

@@ -111,7 +111,7 @@ def numpy_pow(x: Any, exponent: Any) -> Any:
 def _clamp_bounds(x: Interval, min: int | None = None, max: int | None = None) -> Bounds:  # noqa: A002
     """Of integers: both ends are clamped too."""
     low, high = (v if min is None else builtins.max(v, min) for v in (x.lo, x.hi))
-    return Bounds(*(v if max is None else builtins.min(v, max) for v in (low, high)))
+    return Bounds(low, high) if max is None else Bounds(builtins.min(low, max), builtins.min(high, max))
 
 
 def _signed() -> torch.Tensor:

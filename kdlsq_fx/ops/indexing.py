@@ -30,9 +30,17 @@ def _declare(
     sample: Callable[[], tuple[Any, ...]],
     bounds: Callable[..., Bounds] | None = None,
 ) -> Op:
-    made = lambda: (sample(), {})  # noqa: E731
     return declare(
-        Op(name=name, target=target, sig=sig, numpy=numpy, onnx=onnx, sample=made, bounds=bounds, why_float=WHY)
+        Op(
+            name=name,
+            target=target,
+            sig=sig,
+            numpy=numpy,
+            onnx=onnx,
+            bounds=bounds,
+            sample=lambda: (sample(), {}),
+            why_float=WHY,
+        )
     )
 
 

@@ -183,13 +183,21 @@ def lower_scaled(lowering: Lowering, node: fx.Node) -> QValue | Sum:
         left, right = right, left
     factor = _vector(lowering, node, right)
     if factor is None:
-        factor = np.asarray(lowering.number(right))
+        raise StaysFloat(_why_not_scaled(lowering, right))
     if not np.isfinite(factor).all() or (factor.ndim == 0 and factor <= 0) or (is_div and not factor.all()):
         raise StaysFloat(f"it scales by {factor}")
     value = lowering.values.get(left) if isinstance(left, fx.Node) else None
     if isinstance(value, Sum):
         return Sum(tuple(_scaled(term, factor, is_div) for term in value.terms))
     return _scaled(lowering.codes(left), factor, is_div)
+
+
+def _why_not_scaled(lowering: Lowering, factor: Any) -> str:
+    if factor in lowering.hidden and lowering.constant(factor) is None:
+        return "it scales by floats that are made from positions or masks"
+    if lowering.constant(factor) is not None:
+        return "it scales by a constant that is neither a number nor a vector along the last dimension"
+    return "it multiplies or divides two values that are both computed: no primitive does that element by element"
 
 
 def _masked(lowering: Lowering, node: fx.Node, value: QValue, there: fx.Node) -> QValue:
