@@ -68,7 +68,7 @@ class IntModel(QuantModel):
                 flat = self.gm(*(inputs[name] for name in self.input_names))
             else:
                 flat = tuple(torch.from_numpy(out) for out in self.reference.run(inputs))
-        return self.pack(flat, labels)
+        return self.answer(self.pack(flat, labels), kwargs)
 
     def table(self) -> str:
         """The float islands as text."""
@@ -121,7 +121,7 @@ def load_executor(folder: Path, backend: str) -> IntModel:
         own = IntModel(captured, QConfig.from_dict(info["qconfig"]), backend)
         own.model_class, own.signature = str(info["model_class"]), _signature(info["parameters"])
         vocab, positions = info["limits"]
-    except (KeyError, TypeError, ValueError) as err:
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
         if isinstance(err, ConfigError):
             raise
         raise CheckpointError(f"{folder / INFO} is damaged: {err!r}", do="copy the folder again") from None

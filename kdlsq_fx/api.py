@@ -59,6 +59,8 @@ def prepare_qat(
         CaptureError, ConfigError: see there. CalibrationError: a weight is NaN or infinite.
     """
     config = resolve(qconfig)
+    if fuel is not None and (type(fuel) is not int or fuel < 0):
+        raise ConfigError(f"fuel={fuel!r} is no number of quantizers", do="use 0 or more, or None for all")
     captured = capture(model, example)
     _check_finite(captured.gm)
     captured.gm.meta.update(qconfig=config, fuel=fuel)
@@ -175,6 +177,7 @@ def _derive(
             where=unready[0],
             do="calibrate first: calibrate(qat, batches)",
         )
+    _check_finite(qat.gm)
     gm = copy_graph(qat.gm)
     run_passes(gm, pipeline, user=user, stop_after=stop_after, trace=trace)
     captured = Captured(gm, qat.input_names, qat.output_names, qat.output_type, qat.example)
@@ -195,7 +198,8 @@ def copy_graph(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
 def _check_finite(gm: torch.fx.GraphModule) -> None:
     for name, p in gm.named_parameters():
+        if bool(torch.isfinite(p.sum())):  # quick, and only a hint: a sum of finite numbers may overflow
+            continue
         if not bool(torch.isfinite(p).all()):
-            raise CalibrationError(
-                "a weight is NaN or infinite", where=name, do="repair the checkpoint before prepare_qat"
-            )
+            do = "repair the checkpoint, or go back to one from before the training diverged"
+            raise CalibrationError("a weight is NaN or infinite", where=name, do=do)

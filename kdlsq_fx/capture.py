@@ -43,8 +43,8 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Any = None
         model: a Hugging Face encoder; any ``nn.Module`` with ``example``; a GraphModule of ATen ops or an
             ExportedProgram (captured already).
         example: keyword arguments (a mapping) or positional ones (a tuple) to call the model with. Dimensions 0 and 1
-            of every tensor stay dynamic where the model allows it; with ``input_ids`` all of them. Weights and floats in
-            other precisions are captured in float32.
+            of every tensor stay dynamic where the model allows it; with ``input_ids`` all of them. Weights and floats
+            of another precision are captured in float32.
 
     Raises:
         CaptureError: names the construct or the op that has no meaning here, and its site.

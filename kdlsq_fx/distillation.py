@@ -63,6 +63,8 @@ class Distiller(nn.Module):
     or checkpoint, keeps eval mode under ``kd.train()``, and follows ``kd.to(device)``.
     """
 
+    accepts_loss_kwargs = False  # as QuantModel's: the loss is a mean over the batch
+
     def __init__(
         self, student: QuantModel, teacher: QuantModel, taps: tuple[Tap, ...], weights: dict[str, float],
         temperature: float, padding: str,

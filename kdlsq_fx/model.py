@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from .lowering import Island
 from .qconfig import QConfig
 
 LABELS = ("labels", "start_positions", "end_positions")
-NEUTRAL = {"return_dict": (None, True), "output_attentions": (None, False), "output_hidden_states": (None, False)}
+SWITCHES = ("output_attentions", "output_hidden_states")
+IGNORED = ("num_items_in_batch", "return_dict")  # the Trainer's own; return_dict is read in forward
+ROBERTA = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm", "data2vec-text")
 
 
 class QuantModel(nn.Module):
@@ -25,15 +28,18 @@ class QuantModel(nn.Module):
 
     ``gm`` is the graph; ``config`` the model's configuration (None for other modules); ``qconfig`` what was asked for.
     A missing attention mask means ones (with a warning where pad ids occur), missing token types mean zeros. With
-    labels the output's first field is the loss, computed outside the graph as Hugging Face does.
+    labels the output's first field is the loss, computed outside the graph as Hugging Face does: the mean over the
+    batch, so that the Trainer has to divide it by its accumulation steps.
     """
+
+    accepts_loss_kwargs = False  # the Trainer believes a ``**kwargs`` otherwise, and sums the losses it accumulates
 
     def __init__(self, captured: Captured, model: nn.Module | None, qconfig: QConfig) -> None:
         super().__init__()
         self.gm = captured.gm
         self.qconfig = qconfig
         self.config = getattr(model, "config", None)
-        self.model_class = type(model).__name__ if model is not None else ""
+        self.model_class = _class_name(model)
         self.input_names = captured.inputs
         self.output_names = captured.outputs
         self.output_type = captured.output_type
@@ -50,11 +56,16 @@ class QuantModel(nn.Module):
         return next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the graph. Raises InputError for ids outside the vocabulary, sequences longer than the positions, and
-        arguments that were not captured."""
+        """Call the graph. Raises InputError for ids outside the vocabulary, sequences longer than the positions, NaN,
+        and arguments that were not captured. ``return_dict=False`` gives the output's fields as a tuple."""
         labels, inputs = self.split(*args, **kwargs)
         flat = self.gm(*(inputs[name] for name in self.input_names))
-        return self.pack(flat, labels)
+        return self.answer(self.pack(flat, labels), kwargs)
+
+    def answer(self, output: Any, kwargs: dict[str, Any]) -> Any:
+        """The output, or its fields as a tuple where the caller said ``return_dict=False``."""
+        as_tuple = kwargs.get("return_dict", True) is False and isinstance(output, Mapping)
+        return tuple(output.values()) if as_tuple else output
 
     def split(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Arguments as Hugging Face takes them -> (labels, the graph's inputs with defaults filled in)."""
@@ -65,16 +76,24 @@ class QuantModel(nn.Module):
         given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         given.pop("kwargs", None)
         labels = {k: given.pop(k) for k in LABELS if given.get(k) is not None}
-        extra = [k for k, v in given.items() if k not in self.input_names and not _neutral(k, v)]
-        if extra:
-            raise InputError(
-                f"argument {', '.join(extra)} was not captured; the graph takes {', '.join(self.input_names)}",
-                do=f"capture with example={{..., {extra[0]!r}: ...}} to make it an input of the graph",
-            )
+        self._refuse([k for k, v in given.items() if k not in self.input_names and not _neutral(k, v)])
         inputs = {k: v for k, v in given.items() if k in self.input_names and v is not None}
         self._fill(inputs)
         self._check(inputs)
+        for name, value in inputs.items():
+            if _is_broken(name, value):
+                raise InputError(f"{name} holds NaN or infinity", where=name, do="look at what made this input")
         return labels, inputs
+
+    def _refuse(self, extra: list[str]) -> None:
+        """InputError for arguments that are no input of the graph."""
+        if not extra:
+            return
+        what = f"argument {', '.join(extra)} was not captured; the graph takes {', '.join(self.input_names)}"
+        do = f"capture with example={{..., {extra[0]!r}: ...}} to make it an input of the graph"
+        if extra[0] in SWITCHES:
+            do = "leave it away: the graph gives the model's plain outputs; distill() reads inner values at taps"
+        raise InputError(what, do=do)
 
     def pack(self, flat: Any, labels: dict[str, Any] | None = None) -> Any:
         """The graph's flat outputs -> the model's own output class, with the loss when labels are given."""
@@ -87,6 +106,8 @@ class QuantModel(nn.Module):
         return self.output_type(**fields)
 
     def _fill(self, inputs: dict[str, Any]) -> None:
+        for name in TEXT & inputs.keys():
+            inputs[name] = _whole_numbers(name, inputs[name])
         ids = inputs.get("input_ids")
         if ids is None:
             missing = [n for n in self.input_names if n not in inputs]
@@ -105,8 +126,6 @@ class QuantModel(nn.Module):
         missing = [n for n in self.input_names if n not in inputs]
         if missing:
             raise InputError(f"missing input {', '.join(missing)}", do=f"pass all of {', '.join(self.input_names)}")
-        for name in TEXT & inputs.keys():
-            inputs[name] = inputs[name].long() if inputs[name].dtype in (torch.bool, torch.int32) else inputs[name]
 
     def _check(self, inputs: dict[str, Any]) -> None:
         ids = inputs.get("input_ids")
@@ -129,14 +148,26 @@ class QuantModel(nn.Module):
                 do="use the tokenizer that belongs to this model",
             )
         for name, value in inputs.items():
-            if name in TEXT and value.shape[-1] != ids.shape[-1]:
-                raise InputError(f"{name} has shape {tuple(value.shape)}, input_ids {tuple(ids.shape)}", where=name)
+            if name in TEXT and not self._fits(name, value, ids):
+                what = f"{name} has shape {tuple(value.shape)}, input_ids {tuple(ids.shape)}"
+                raise InputError(what, where=name, do="pass one number per id, (batch, length)")
+        types, kinds = inputs.get("token_type_ids"), int(getattr(self.config, "type_vocab_size", 0) or 0)
+        if types is not None and kinds and not 0 <= int(types.min()) <= int(types.max()) < kinds:
+            what = f"token_type_ids run from {int(types.min())} to {int(types.max())}, the types from 0 to {kinds - 1}"
+            raise InputError(what, where="token_type_ids", do="use the tokenizer that belongs to this model")
 
     @property
     def islands(self) -> tuple[Island, ...]:
         """The ops of an int graph that stay float, and why; empty before lowering."""
         found: tuple[Island, ...] = self.gm.meta.get("islands", ())
         return found
+
+    def _fits(self, name: str, value: torch.Tensor, ids: torch.Tensor) -> bool:
+        """One number per id; or, where the graph was captured with a ready mask (batch, 1, length, length), that."""
+        captured = self.example.get(name)
+        if isinstance(captured, torch.Tensor) and captured.dim() != value.dim():
+            return False
+        return value.shape == ids.shape if value.dim() == 2 else value.shape[-1:] == ids.shape[-1:]
 
     def save_pretrained(self, path: str | Path, tokenizer: Any = None, **_: Any) -> Path:
         """Write the folder that ``kdlsq_fx.from_pretrained`` reads. CheckpointError where it cannot be written."""
@@ -159,7 +190,33 @@ TEXT = {"input_ids", "attention_mask", "token_type_ids"}
 
 def _neutral(name: str, value: Any) -> bool:
     """Arguments that change nothing: None, and the defaults of the output switches."""
-    return value is None or (name in NEUTRAL and value in NEUTRAL[name]) or name in ("num_items_in_batch", "kwargs")
+    return value is None or name in IGNORED or (name in SWITCHES and value is False)
+
+
+def _whole_numbers(name: str, value: Any) -> torch.Tensor:
+    """Ids, masks and types as tensors the graph can take; a float mask stays what it is."""
+    if not isinstance(value, torch.Tensor):
+        do = 'pass tensors: tokenizer(..., return_tensors="pt")'
+        raise InputError(f"{name} is a {type(value).__name__}, not a tensor", where=name, do=do)
+    if value.is_floating_point() and name != "attention_mask":
+        raise InputError(f"{name} is {value.dtype}", where=name, do="pass whole numbers: ids.long()")
+    return value if value.is_floating_point() else value.long()
+
+
+def _is_broken(name: str, value: Any) -> bool:
+    """NaN in a float input, or infinity but in a ready mask, where it means a masked key."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or torch.compiler.is_compiling():
+        return False
+    bad = torch.isnan(value) if name == "attention_mask" else ~torch.isfinite(value)
+    return bool(bad.any())
+
+
+def _class_name(model: nn.Module | None) -> str:
+    """The model's class; of a class derived from one of Hugging Face's models that one, which names the loss."""
+    if model is None:
+        return ""
+    known = (c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers.models."))
+    return next((name for name in known if not name.endswith("PreTrainedModel")), type(model).__name__)
 
 
 def _signature(model: nn.Module | None, inputs: tuple[str, ...]) -> inspect.Signature:
@@ -204,4 +261,4 @@ def _limits(gm: fx.GraphModule, config: Any) -> tuple[int, int]:
 def _position_offset(config: Any) -> int:
     """RoBERTa's family numbers positions from pad + 1: that many rows of the table are never used."""
     family = str(getattr(config, "model_type", ""))
-    return int(config.pad_token_id) + 1 if family in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
+    return int(config.pad_token_id) + 1 if family in ROBERTA else 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 from .files import FORMAT, INFO, WEIGHTS, make_folder, read_json, read_tensors, write_json, write_tensors
 from .graph import text
 from .qconfig import QConfig
@@ -32,7 +32,13 @@ def versions() -> dict[str, str]:
 
 
 def save_qat(qat: QuantModel, path: str | Path, tokenizer: Any = None) -> Path:
-    """Write a qat folder: ``kdlsq.json`` (last), ``model.safetensors``, ``config.json``, tokenizer files."""
+    """Write a qat folder: ``kdlsq.json`` (last), ``model.safetensors``, ``config.json``, tokenizer files.
+
+    ConfigError for a model of another stage: a qdq model is made from a saved qat one in a moment.
+    """
+    if qat.stage != "qat":
+        do = "save the qat model, or what convert() gives"
+        raise ConfigError(f"a {qat.stage} model cannot be saved: only qat and int folders can be loaded", do=do)
     folder = make_folder(path)
     write_tensors(folder / WEIGHTS, qat.gm.state_dict())
     example = {k: v for k, v in qat.example.items() if isinstance(v, torch.Tensor)}
@@ -61,11 +67,11 @@ def load_qat(folder: Path, prepare: Callable[..., QuantModel], model: nn.Module 
     ``model`` serves what is not Hugging Face's (its weights do not matter). Raises CheckpointError when the graph that
     comes out is not the one that was saved, or the weights do not fit it.
     """
-    info = read_json(folder / INFO)
+    info = _read_info(folder)
     tensors = read_tensors(folder / WEIGHTS)
     saved = read_tensors(folder / EXAMPLE) if (folder / EXAMPLE).exists() else {}
     example = {k: saved[k] for k in info["inputs"] if k in saved} or None  # the order of the graph's inputs
-    source = model if model is not None else _fresh_model(folder, str(info["model_class"]))
+    source = model if model is not None else _fresh_model(folder, info["model_class"])
     qat = prepare(source, QConfig.from_dict(info["qconfig"]), example=example, passes=passes)
     if graph_hash(qat.gm) != info["graph"]:
         made = ", ".join(f"{k} {v}" for k, v in info["versions"].items())
@@ -77,8 +83,25 @@ def load_qat(folder: Path, prepare: Callable[..., QuantModel], model: nn.Module 
     wrong = sorted(own.keys() ^ tensors.keys()) or [k for k in own if own[k].shape != tensors[k].shape]
     if wrong:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit the graph", where=wrong[0], do="copy the folder again")
+    broken = [k for k, _ in qat.gm.named_parameters() if not bool(torch.isfinite(tensors[k]).all())]
+    if broken:
+        do = "go back to a checkpoint from before the training diverged"
+        raise CheckpointError(f"{folder / WEIGHTS} holds NaN or infinity", where=broken[0], do=do)
     qat.gm.load_state_dict(tensors)
     return qat.eval()
+
+
+_INFO_TYPES = {"stage": str, "model_class": str, "inputs": list, "versions": dict, "graph": str, "qconfig": dict}
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    """``kdlsq.json`` of a qat folder with every entry of the right type."""
+    info = read_json(folder / INFO)
+    wrong = [key for key, kind in _INFO_TYPES.items() if not isinstance(info.get(key), kind)]
+    if wrong or info["stage"] != "qat":
+        what = f"{folder / INFO} is damaged: {wrong[0] if wrong else 'stage'} is {info.get((wrong or ['stage'])[0])!r}"
+        raise CheckpointError(what, do="copy the folder again")
+    return info
 
 
 def _fresh_model(folder: Path, model_class: str) -> nn.Module:
@@ -90,5 +113,8 @@ def _fresh_model(folder: Path, model_class: str) -> nn.Module:
             f"{folder} holds a {model_class or 'model'} that is not Hugging Face's",
             do="pass the module: from_pretrained(path, model=...)",
         )
-    config = transformers.AutoConfig.from_pretrained(folder)
-    return cls(config)
+    try:
+        return cls(transformers.AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError) as err:
+        what = f"{folder / 'config.json'} cannot be read: {str(err).splitlines()[0]}"
+        raise CheckpointError(what, do="copy the folder again") from None

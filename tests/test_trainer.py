@@ -54,6 +54,33 @@ def test_the_trainer_trains_saves_and_evaluates(tmp_path, distilled):
     assert kq.convert(qat)(**{k: torch.stack([r[k] for r in rows(4)]) for k in ("input_ids", "attention_mask")})
 
 
+@pytest.mark.parametrize("distilled", [False, True])
+def test_accumulated_steps_are_steps_on_the_whole_batch(tmp_path, distilled):
+    """The loss is a mean over the batch: the Trainer has to divide it by the number of steps it accumulates."""
+    from transformers import Trainer, TrainingArguments
+
+    def trained(steps):
+        model = tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).eval()
+        qat = kq.prepare_qat(model, "W8E8A8")
+        data = {k: torch.stack([r[k] for r in rows(8)]) for k in ("input_ids", "attention_mask")}
+        kq.calibrate(qat, [data], progress=False)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=8 // steps, optim="sgd", seed=0,
+            gradient_accumulation_steps=steps, report_to=[], use_cpu=True, save_strategy="no", logging_steps=1,
+            learning_rate=1e-2, max_grad_norm=0, lr_scheduler_type="constant", disable_tqdm=True,
+        )  # fmt: skip
+        loop = kq.distill(qat, model, gold=1.0) if distilled else qat
+        trainer = Trainer(model=loop, args=arguments, train_dataset=rows(16))
+        trainer.train()
+        return qat, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    (whole, losses), (parts, sums) = trained(1), trained(4)
+    torch.testing.assert_close(torch.tensor(sums), torch.tensor(losses), atol=1e-3, rtol=0)
+    before = tiny("bert").classifier.weight
+    moved = (whole.gm.classifier.weight - before).detach()
+    torch.testing.assert_close(parts.gm.classifier.weight - before, moved, atol=float(moved.abs().max()) / 50, rtol=0)
+
+
 def test_accelerate():
     from accelerate import Accelerator
 
