@@ -64,7 +64,9 @@ class ReferenceModel:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.inputs = tuple(str(n.target) for n in gm.graph.find_nodes(op="placeholder"))
         self._names = tuple(n.name for n in gm.graph.find_nodes(op="placeholder"))
-        constants = {n.name: _exact(_array(fetch(gm, str(n.target)))) for n in gm.graph.find_nodes(op="get_attr")}
+        constants = {n.name: _array(fetch(gm, str(n.target))) for n in gm.graph.find_nodes(op="get_attr")}
+        if gm.meta.get("islands"):  # without them the only floats are the results, one product each: float32 everywhere
+            constants = {name: _exact(value) for name, value in constants.items()}
         dying = _last_uses(gm.graph)
         calls = [n for n in gm.graph.nodes if n.op in ("call_function", "call_module", "call_method")]
         self.steps = [_step(n, constants, dying.get(n, ())) for n in calls]

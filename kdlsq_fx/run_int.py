@@ -201,7 +201,7 @@ def int_softmax(
     d = np.minimum(round_shift(behind * multiplier, shift), last)
     e = np.where(keep, i_exp(d) if table is None else wide(table)[d], 0)
     total = np.maximum(e.sum(axis=-1, keepdims=True), 1)  # 0 in a row without a kept key: 0 / 1 is its probability
-    return as_codes(round_divide(e * divider, total << 16), zero_point, qmin, qmax)
+    return as_codes(round_divide(e * divider, total << 22), zero_point, qmin, qmax)
 
 
 def int_layer_norm(

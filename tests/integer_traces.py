@@ -111,8 +111,8 @@ def int_softmax(
     u = np.where(keep, np.minimum(largest - x, limit), 0)
     last = 2**18 - 1 if table is None else 2**14 - 1
     e = np.where(keep, exponentials(np.minimum(half_even(u * multiplier, 2**shift), last), table), 0)
-    total = np.maximum(e.sum(-1, keepdims=True), 1) * 2**16
-    inside = {"u": u, "u * multiplier": u * multiplier, "e": e, "e * divider": e * divider, "sum(e) * 2**16": total}
+    total = np.maximum(e.sum(-1, keepdims=True), 1) * 2**22
+    inside = {"u": u, "u * multiplier": u * multiplier, "e": e, "e * divider": e * divider, "sum(e) * 2**22": total}
     return codes(half_even(e * divider, total), zp, qmin, qmax), inside
 
 

@@ -30,7 +30,7 @@ from kdlsq_fx.ranges import INT32_MAX, Array, Bound, Bounds, Interval
 
 INT64_MAX = 2**63 - 1
 EXP_ONE = 2**15  # about exp(0)
-DIVIDER_MAX = 2**40 - 1
+DIVIDER_MAX = 2**46 - 1
 OUT_MULTIPLIER_MAX = 2**24 - 1
 
 
@@ -69,10 +69,10 @@ def softmax_bounds(
         Bound("e", *e, limit=EXP_ONE, least=0),
         Bound("e * divider", *times(e, (divider, divider)), limit=DIVISIBLE),
         Bound("divider", divider, divider, limit=DIVIDER_MAX, least=1),
-        Bound("sum(e) * 2**16", total[0] << 16, total[1] << 16, limit=DIVISIBLE),
+        Bound("sum(e) * 2**22", total[0] << 22, total[1] << 22, limit=DIVISIBLE),
     )
-    # e is one of the terms of the sum, so p is largest where it is the only one: e * divider / (e * 2**16).
-    return on_grid((0, rounded(divider, 2**16)), zero_point, qmin, qmax, inside)
+    # e is one of the terms of the sum, so p is largest where it is the only one: e * divider / (e * 2**22).
+    return on_grid((0, rounded(divider, 2**22)), zero_point, qmin, qmax, inside)
 
 
 def _exponentials(table: Interval | None, d: Ends, i_exp: Callable[[Array], Array]) -> Ends:

@@ -44,7 +44,7 @@ def emit_softmax(
     if keep is not None:
         e = g.Mul(e, wide(g, keep))
     total = g.Max(g.ReduceSum(e, last, keepdims=1), whole(g, 1))  # 0 in a row without a key: 0 / 1
-    p = round_divide(g, g.Mul(e, whole(g, divider)), g.Mul(total, whole(g, 2**16)))
+    p = round_divide(g, g.Mul(e, whole(g, divider)), g.Mul(total, whole(g, 2**22)))
     return to_codes(g, p, zero_point, qmin, qmax)
 
 

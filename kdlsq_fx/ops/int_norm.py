@@ -230,8 +230,12 @@ class _IntegerLayerNorm(torch.autograd.Function):
         fraction, eps_codes = row_grid(n, float(scale), eps, qmin, qmax)
         y = _centred(torch.round(x / scale).to(torch.int32), fraction)
         factor, h = _inverse_root(y, eps_codes)
-        per_row = torch.ldexp(factor.double() * math.sqrt(n), -46 - h)
-        out = y.to(x.dtype).mul_(per_row.to(x.dtype))
+        if x.dtype == torch.float64:  # the rounding to 2**-24 is below what float32 can see
+            t = torch.ldexp(y.double() * factor, -22 - h).round_()
+            out = t.mul_(math.sqrt(n) * 2.0**-24)
+        else:
+            per_row = torch.ldexp(factor.double() * math.sqrt(n), -46 - h)
+            out = y.to(x.dtype).mul_(per_row.to(x.dtype))
         if weight is not None:
             out.mul_(weight)
         return out if bias is None else out.add_(bias)

@@ -80,13 +80,13 @@ def score_grid(scale_x: float, *, table: bool) -> tuple[int, int, int]:
 
 
 def prob_divider(scale_p: float) -> int:
-    """``round(2**16 / scale_p)``, the number of codes in probability 1 with 16 bits of fraction.
+    """``round(2**22 / scale_p)``, the number of codes in probability 1 with 22 bits of fraction.
 
-    ValueError outside ``1 <= divider < 2**40``.
+    ValueError outside ``1 <= divider < 2**46``.
     """
-    divider = round(2**16 / scale_p) if math.isfinite(scale_p) and scale_p > 2.0**-30 else 0
-    if not 1 <= divider < 2**40:
-        raise ValueError(f"the step of probabilities must lie between 2**-24 and 2**16, not {scale_p}")
+    divider = round(2**22 / scale_p) if math.isfinite(scale_p) and scale_p > 2.0**-30 else 0
+    if not 1 <= divider < 2**46:
+        raise ValueError(f"the step of probabilities must lie between 2**-24 and 2**22, not {scale_p}")
     return divider
 
 
@@ -118,7 +118,7 @@ def int_softmax(
     if keep is not None:
         e = e * keep
     total = e.sum(-1, keepdim=True).clamp_(min=1)  # 0 in a row without a key: 0 / 1
-    p = round_divide(e * divider, total * 2**16)
+    p = round_divide(e * divider, total * 2**22)
     return p.add_(zero_point).clamp_(qmin, qmax).to(torch_container(qmin, qmax))
 
 
@@ -152,7 +152,7 @@ def numpy_int_softmax(
     else:
         e = np.take(table, np.minimum(d, TABLE_LAST)).astype(np.int64)
     e = np.where(there, e, 0)
-    total = np.maximum(np.sum(e, axis=-1, keepdims=True), 1) << 16
+    total = np.maximum(np.sum(e, axis=-1, keepdims=True), 1) << 22
     return np.clip(numpy_round_divide(e * divider, total) + zero_point, qmin, qmax).astype(container(qmin, qmax))
 
 
