@@ -63,7 +63,8 @@ class IntModel(QuantModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         labels, inputs = self.split(*args, **kwargs)
-        with torch.no_grad():
+        # an autocast around the caller would run the exact GEMMs in bfloat16
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             if self.reference is None:
                 flat = self.gm(*(inputs[name] for name in self.input_names))
             else:

@@ -197,9 +197,10 @@ def line_of(name: str, preset: str, rows: dict[Any, Any]) -> str:
         mean = f"{np.mean([s['headline'] for s in scores]):.2f} ± {error:.2f}"
         base = {t: rows.get((t, "fp32", "fp32")) for t in TASKS}
         if name != "fp32" and all(base.values()):
-            gaps = [r["vs_fp32"] for r in got.values() if r]
-            error = np.sqrt(sum(e**2 for _, e in gaps)) / len(TASKS)
-            versus = f"{np.mean([g for g, _ in gaps]):+.2f} ± {error:.2f}"
+            gaps = [r["vs_fp32"] for r in got.values() if r and "vs_fp32" in r]
+            if len(gaps) == len(TASKS):
+                error = np.sqrt(sum(e**2 for _, e in gaps)) / len(TASKS)
+                versus = f"{np.mean([g for g, _ in gaps]):+.2f} ± {error:.2f}"
     return f"| {name} | {preset} | {' | '.join(cells)} | {mean} | {versus} |"
 
 

@@ -21,6 +21,8 @@ def loss_for(model_class: str, config: Any, fields: dict[str, torch.Tensor], lab
     """
     try:
         loss = _loss(model_class, config, fields, labels)
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, IndexError, RuntimeError) as err:  # what torch raises for other shapes, types and class numbers
         shapes = ", ".join(f"{k} {tuple(v.shape)} {v.dtype}" for k, v in {**fields, **labels}.items() if k in _SHOWN)
         do = "one class number per row (or token), or floats for regression and several labels at once"

@@ -50,13 +50,17 @@ def keep_of(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 def masked_mean_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """(x, keys) where ``node`` is the mean of ``x`` [batch, length, width] over the tokens that ``keys`` holds.
 
-    ``(x * m).sum(1) / m.sum(1)``, the count held above zero by a clamp or not; ``m`` is ``keys`` [batch, length] of 0
-    and 1 behind a cast, an unsqueeze, or an expand. None for anything else.
+    ``(x * m).sum(1) / m.sum(1)``, the count held above zero by ``clamp(min=...)`` of at most 1 or not at all (a text
+    without tokens then gives 0 where the model gave NaN). ``m`` is the input ``attention_mask``, or a bool, [batch,
+    length], behind a cast, an unsqueeze or an expand. None for anything else: other weights than 0 and 1 above all.
     """
     if _name(node) != "div" or len(tensor_args(node)) != 2:
         return None
     total, count = tensor_args(node)
-    count = count.args[0] if _name(count) in ("clamp", "clamp_min") else count  # type: ignore[assignment]
+    if _name(count) in ("clamp", "clamp_min"):
+        if not _only_above_zero(count):
+            return None
+        count = count.args[0]  # type: ignore[assignment]
     if _name(total) != "sum" or _name(count) != "sum" or not _sums_tokens(total) or not _sums_tokens(count):
         return None
     product, ones = total.args[0], count.args[0]
@@ -72,13 +76,20 @@ def _sums_tokens(node: fx.Node) -> bool:
     return dims in ([1], (1,), 1, [-2], (-2,)) and not node.kwargs.get("keepdim", False) and len(node.args) < 3
 
 
+def _only_above_zero(clamp: fx.Node) -> bool:
+    low, *rest = (*clamp.args[1:], *clamp.kwargs.values())
+    return isinstance(low, (int, float)) and 0 < low <= 1 and all(r is None for r in rest)
+
+
 def _zero_one(node: fx.Node) -> fx.Node | None:
-    """The integer or bool [batch, length] that a float [batch, length, ...] of ones and zeros was cast from."""
+    """The mask [batch, length] that a float [batch, length, ...] of ones and zeros was cast from; None for weights."""
     while node.meta.get("plumbing") and _name(node) in ("to", "unsqueeze", "expand"):
         node = node.args[0]  # type: ignore[assignment]
     value = node.meta.get("val")
-    fits = isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point()
-    return node if fits and node.meta.get("plumbing") else None
+    if not isinstance(value, torch.Tensor) or value.dim() != 2 or not node.meta.get("plumbing"):
+        return None
+    is_mask = node.op == "placeholder" and str(node.target) == "attention_mask" and not value.is_floating_point()
+    return node if is_mask or value.dtype == torch.bool else None
 
 
 def _name(node: fx.Node) -> str:

@@ -114,7 +114,7 @@ def _demand(gm: fx.GraphModule, operand: fx.Node, kind: str, rule: Rule, moved: 
     name = producer.name if producer else ""
     if kind in ("act", "prob"):
         kind = "prob" if producer is not None and producer.signature.result == "prob" else "act"
-        spec = rule.spec(kind)
+        spec = None if _holds_codes(gm, behind_dropout(value)) else rule.spec(kind)
     elif kind == "wide" and (rule.wide is not None or rule.act is not None):
         if _exact(value):
             return None
@@ -123,6 +123,17 @@ def _demand(gm: fx.GraphModule, operand: fx.Node, kind: str, rule: Rule, moved: 
     else:
         return None
     return Demand(value, spec, kind, rule.why) if spec is not None else None
+
+
+def _holds_codes(gm: fx.GraphModule, value: fx.Node) -> bool:
+    """Rows of a table that its rule quantizes with one scale: a product reads their codes as they are."""
+    op = op_of(value)
+    if op is None or op.name != "embedding":
+        return False
+    qconfig: QConfig = gm.meta["qconfig"]
+    rule = qconfig.find(site_of(value), op_label(value))
+    spec = rule.spec("weight") if rule is not None else None
+    return spec is not None and spec.axis is None
 
 
 def _exact(value: fx.Node) -> bool:

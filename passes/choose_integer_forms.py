@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph import module_path, op_label, site_of
+from ..errors import ConfigError
+from ..graph import module_path, op_label, root, site_of
 from ..masks import keep_of, masked_mean_of, masked_scores
 from ..op import op_of, tensor_args
 from ..ops.int_gelu import polynomial_gelu
@@ -56,6 +57,11 @@ def _over_last(node: fx.Node) -> bool:
 def _softmax(gm: fx.GraphModule, node: fx.Node, form: str) -> None:
     scores = tensor_args(node)[0]
     keep = None
+    ready = [a for a in tensor_args(scores) if root(a).op == "placeholder"] if op_label(scores) == "add" else []
+    if ready:
+        what = f"the mask {root(ready[0]).target} comes in as numbers to add"
+        do = "hand in the mask as 0 and 1 [batch, length]; numbers added to the scores have no place on a grid of codes"
+        raise ConfigError(what, where=site_of(node), do=do)
     if masked_scores(scores) is not None:
         keep = keep_of(gm, scores)
         if keep is None:  # a mask nobody can read: the softmax stays float, and the report says why

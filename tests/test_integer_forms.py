@@ -12,6 +12,7 @@ from kdlsq_fx.api import convert, freeze_qat, prepare_qat
 from kdlsq_fx.calibration import calibrate
 from kdlsq_fx.capture import capture
 from kdlsq_fx.comparison import compare
+from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.graph import site_of
 from kdlsq_fx.masks import keep_of, masked_scores
 from kdlsq_fx.op import op_of
@@ -186,3 +187,62 @@ def test_a_sentence_vector_is_pooled_in_integers() -> None:
     assert bool((cosine > 0.95).all())
     assert torch.equal(found, convert(qat, backend="torch")(**data[1]))
     assert max(s.max_steps for s in compare(qat, own, data).sites.values()) <= 1
+
+
+class Pooled(Sentence):
+    """Weights that are no 0 and 1, and a count that is held above more than one token."""
+
+    def __init__(self, floor: float, positions: bool) -> None:
+        super().__init__()
+        self.floor, self.positions = floor, positions
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weights = attention_mask * torch.arange(1, attention_mask.shape[1] + 1) if self.positions else attention_mask
+        kept = weights.unsqueeze(-1).to(states.dtype)
+        return (states * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=self.floor)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("floor, positions", [(1e-9, True), (20.0, False)])
+def test_other_weighted_sums_are_no_masked_mean(floor: float, positions: bool) -> None:
+    example = {k: v for k, v in batch(rows=4, length=7).items() if k != "token_type_ids"}
+    qat = prepare_qat(Pooled(floor, positions).eval(), "W8E8A8-int", example=example)
+    assert not named(qat.gm, "masked_mean")
+
+
+def test_an_autocast_around_the_integers_changes_nothing() -> None:
+    model = convert(calibrated("W8E8A8-int"), backend="torch")
+    given = batch(rows=3, length=9)
+    wanted = model(**given).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(**given).logits
+    assert torch.equal(wanted, found)
+
+
+def test_a_mask_of_numbers_is_refused_before_it_spoils_a_grid() -> None:
+    model = livelier(tiny("bert"))
+    ids = batch(rows=2, length=6)["input_ids"]
+    ready = torch.zeros(2, 1, 6, 6)
+    with pytest.raises(ConfigError, match="comes in as numbers to add"):
+        prepare_qat(model, "W8E8A8-int", example={"input_ids": ids, "attention_mask": ready})
+
+
+@pytest.mark.parametrize("preset", ["W8E8A8", "W4E4A8-int", "W2E2A8-lsq-int"])
+def test_a_product_reads_the_rows_of_a_table_as_they_are(preset: str) -> None:
+    class Looked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.out = nn.Embedding(20, 8), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.out(self.words(input_ids))))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    given = {"input_ids": torch.randint(0, 20, (4, 5))}
+    qat = prepare_qat(Looked(), preset, example=given)
+    calibrate(qat, [given])
+    own = convert(qat.eval())
+    seen = compare(qat, own, given)
+    assert seen.unmatched == () and max((s.max_steps for s in seen.sites.values()), default=0) <= 1
+    assert torch.allclose(own(**given), qat(**given), atol=1e-5)

@@ -264,8 +264,9 @@ def integer_layer_norm(
     """Layer norm of float ``x`` that lies on a grid, with mean and deviation as :func:`int_layer_norm` makes them.
 
     ``x``: ``[..., N]``, multiples of the 0-d ``scale`` (which gets no gradient), from codes ``qmin..qmax``; ``shape``:
-    ``[N]``; ``weight``, ``bias``: ``[N]`` or None. What the integer op gives before its roundings to 2**-24 and to
-    codes; the gradient is layer norm's. ValueError for more than one dimension, and where no integer form fits.
+    ``[N]``; ``weight``, ``bias``: ``[N]`` or None.
+    What the integer op gives before its rounding to codes (in float64 with its rounding to 2**-24, which float32 cannot
+    see); the gradient is layer norm's. ValueError for more than one dimension, and where no integer form fits.
     """
     _demand_one_dimension(shape)
     return _IntegerLayerNorm.apply(x, weight, bias, eps, scale, qmin, qmax)
@@ -286,7 +287,10 @@ def numpy_integer_layer_norm(
     n = x.shape[-1]
     fraction, eps_codes = row_grid(n, float(scale), eps, qmin, qmax)
     y, factor, h = numpy_rows(np.rint(x / scale).astype(np.int32), fraction, eps_codes)
-    out = (y * (factor * math.sqrt(n) / np.exp2(46 + h))).astype(x.dtype)
+    if x.dtype == np.float64:
+        out = np.rint(y * (factor / np.exp2(22 + h))) * (math.sqrt(n) * 2.0**-24)
+    else:
+        out = (y * (factor * math.sqrt(n) / np.exp2(46 + h))).astype(x.dtype)
     if weight is not None:
         out = out * weight
     return out if bias is None else out + bias

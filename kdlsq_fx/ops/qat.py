@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import TrainingError
 from ..lsq import BiasGrid, Lsq
 from ..op import Op, declare
 from .int_norm import integer_layer_norm
@@ -40,7 +41,10 @@ def norm_on_grid(
     """
     if lsq.observing:
         return torch.nn.functional.layer_norm(x, shape, weight, bias, eps)
-    out: torch.Tensor = integer_layer_norm(x, shape, weight, bias, eps, lsq.scale.detach(), lsq.qmin, lsq.qmax)
+    try:
+        out: torch.Tensor = integer_layer_norm(x, shape, weight, bias, eps, lsq.scale.detach(), lsq.qmin, lsq.qmax)
+    except ValueError as err:  # its scale drifted out of all range
+        raise TrainingError(str(err), where=lsq.site, do="lower the learning rate of the scales") from None
     return out
 
 
