@@ -2,8 +2,8 @@
 
 docs/integer_primitives.md is the specification; both forms of the integer op follow it step by step. Proved: products
 stay below 2**60 (:func:`score_grid`), ``e * divider`` below 2**61, ``sum(e) * 2**22`` below 2**58. Enumerated: the
-table against 30-digit exponentials, and both forms at every step d. Sampled against Python's integers: rows of 1 to 512 keys, with
-the ends of 32 bits. How far it is from softmax: docs/integer_errors.md.
+table against 30-digit exponentials, and both forms at every step d. Sampled against Python's integers: rows of 1 to
+512 keys, with the ends of 32 bits. How far it is from softmax: docs/integer_errors.md.
 """
 
 from __future__ import annotations
