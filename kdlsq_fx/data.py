@@ -134,14 +134,6 @@ class Encoded:
         return digest.hexdigest()[:16]
 
 
-def joined(first: Encoded, *others: Encoded) -> Encoded:
-    """Splits one after another, without labels: for a student that learns from its teacher alone."""
-    parts = (first, *others)
-    starts = np.concatenate([[0], *(np.diff(p.starts) for p in parts)]).cumsum()
-    types = None if any(p.types is None for p in parts) else np.concatenate([p.types for p in parts])  # type: ignore[misc]
-    return Encoded(np.concatenate([p.ids for p in parts]), types, starts, None, first.pad_id)
-
-
 @dataclass(frozen=True)
 class Dataset:
     """A task with its tokenized train and dev splits."""
