@@ -4,7 +4,8 @@
 
 Weights are random: what a figure depends on is the size. Peak memory is the process's largest resident set while the
 verb ran, less what was resident before the model was built, as a multiple of the float32 weights (the model's own copy
-of them included).
+of them included). CPU seconds are those of the process, all its threads together: on a machine that does other work
+too they say more than the wall clock does, and the page gives the load it was written under.
 """
 
 from __future__ import annotations
@@ -66,16 +67,16 @@ def measure(layers: int, preset: str) -> dict[str, float]:
     weights = sum(p.numel() * 4 for p in model.parameters()) / 2**20
     ids = torch.randint(5, 1000, (2, 16))
     with Peak() as peak_prepare:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         qat = kq.prepare_qat(model, preset)
-        prepare = time.perf_counter() - start
+        prepare, prepare_cpu = time.perf_counter() - start, time.process_time() - cpu
     kq.calibrate(qat, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], progress=False)
     del model
     gc.collect()
     with Peak() as peak_convert:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         int_model = kq.convert(qat)
-        convert = time.perf_counter() - start
+        convert, convert_cpu = time.perf_counter() - start, time.process_time() - cpu
     start = time.perf_counter()
     int_model(input_ids=ids, attention_mask=torch.ones_like(ids))
     return {
@@ -83,6 +84,8 @@ def measure(layers: int, preset: str) -> dict[str, float]:
         "weights": weights,
         "prepare": prepare,
         "convert": convert,
+        "prepare_cpu": prepare_cpu,
+        "convert_cpu": convert_cpu,
         "first_run": time.perf_counter() - start,
         "peak_prepare": (peak_prepare.value - base) / weights,
         "peak_convert": (peak_convert.value - base) / weights,
@@ -120,23 +123,27 @@ def report(rows: dict[int, list[dict[str, float]]], args: argparse.Namespace) ->
         f"Written by `benchmarks/compile_time.py`: preset {args.preset}, hidden 768, random weights (seed 0),",
         f"median of {args.repeat} processes per size. {os.cpu_count()} cores ({platform.machine()}),",
         f"Python {platform.python_version()},",
-        f"{names}; {datetime.date.today()}.",
+        f"{names}; {datetime.date.today()}. Load while it ran (jobs that wanted a core): {os.getloadavg()[2]:.1f}",
+        f"on {os.cpu_count()} cores, so that the wall clock shows the other jobs too; threads per process: "
+        f"{os.environ.get('OMP_NUM_THREADS', 'all')}.",
         "",
-        "| layers | fp32 weights MiB | prepare_qat s | convert s | first integer run s | peak prepare | peak convert |",
-        "|---|---|---|---|---|---|---|",
+        "| layers | fp32 weights MiB | prepare_qat CPU s | wall s | convert CPU s | wall s | first integer run s "
+        "| peak prepare | peak convert |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for n in LAYERS:
         lines.append(
-            f"| {n} | {middle(n, 'weights'):.0f} | {middle(n, 'prepare'):.1f} | {middle(n, 'convert'):.1f} "
+            f"| {n} | {middle(n, 'weights'):.0f} | {middle(n, 'prepare_cpu'):.1f} | {middle(n, 'prepare'):.1f} "
+            f"| {middle(n, 'convert_cpu'):.1f} | {middle(n, 'convert'):.1f} "
             f"| {middle(n, 'first_run'):.1f} | {middle(n, 'peak_prepare'):.2f}x | {middle(n, 'peak_convert'):.2f}x |"
         )
-    for key in ("prepare", "convert"):
+    for key in ("prepare_cpu", "convert_cpu"):
         slope = (middle(24, key) - middle(3, key)) / 21
         guess = middle(3, key) + slope * 9
         lines.append("")
         lines.append(
-            f"{key}: {slope:.2f} s a layer; a straight line through 3 and 24 layers gives {guess:.1f} s at 12, "
-            f"measured {middle(12, key):.1f} s."
+            f"{key.removesuffix('_cpu')}: {slope:.2f} CPU seconds a layer; a straight line through 3 and 24 layers "
+            f"gives {guess:.1f} s at 12, measured {middle(12, key):.1f} s."
         )
     return "\n".join(lines) + "\n"
 
