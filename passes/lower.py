@@ -91,8 +91,10 @@ def _move(state: Lowering, node: fx.Node) -> None:
     values = [state.values.get(a) for a in sources]
     first = values[0] if values else None
     if not isinstance(first, QValue) or not first.is_per_tensor:
+        if not moves_data(node):
+            state.reasons[node] = "what it moves is float, or has several scales"
         return
-    if not all(isinstance(v, QValue) and _same_grid(v, first) for v in values):
+    if not all(isinstance(v, QValue) and _same_grid(v, first) for v in values[1:]):
         state.reasons[node] = "its operands have different scales"
         return
     made = {a: v.node for a, v in zip(sources, values) if isinstance(v, QValue)}
