@@ -14,6 +14,7 @@ from torch import fx
 from .graph import fetch, output_args, site_of
 from .op import op_of
 
+COMMON = {"masked_softmax": 1, "masked_mean": 1, "integer_layer_norm": 3}  # operands the float op at this site has too
 TRANSPARENT = ("lsq", "bias_grid", "dropout", "quantize", "dequantize")
 
 
@@ -57,6 +58,8 @@ def view_of(gm: fx.GraphModule) -> View:
             continue
         inputs = [stands_for[a] for a in _node_args(node) if a in stands_for]
         op = op_of(node)
+        if op is not None:
+            inputs = inputs[: COMMON.get(op.name)]
         if op is not None and op.name in TRANSPARENT and inputs:
             stands_for[node] = inputs[0]
             continue

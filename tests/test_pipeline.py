@@ -39,7 +39,7 @@ def test_a_users_pass_runs_before_the_quantizers():
     trace = Trace(diffs=True)
     x = torch.randn(4, 8)
     qat = kq.prepare_qat(Twice(), "W8E8A8", example=(x,), passes=[fold_double_transpose], trace=trace)
-    assert [r[0] for r in trace.rows] == ["fold_double_transpose", "insert_quantizers"]
+    assert [r[0] for r in trace.rows] == ["choose_integer_forms", "fold_double_transpose", "insert_quantizers"]
     assert not qat.gm.graph.find_nodes(op="call_function", target=aten.transpose.int)
     assert "-%transpose" in trace.texts["fold_double_transpose"]
     assert all(r[2] >= 0 for r in trace.rows) and "insert_quantizers" in str(trace)
