@@ -54,7 +54,7 @@ def source(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(source: Path, out: Path, **changes: Any) -> demo.Options:
-    return demo.Options(**{"out": out, "qconfig": PRESET, "steps": 12, "source": str(source), **changes})
+    return demo.Options(**{"out": out, "qconfig": PRESET, "steps": 40, "source": str(source), **changes})
 
 
 @pytest.fixture(scope="module")
