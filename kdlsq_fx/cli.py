@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as e:  # train.Interrupted is one, and says what was saved
-        print(f"\nkdlsq-fx: {e or 'stopped'}", file=sys.stderr)
+        print(f"\nkdlsq-fx: {str(e) or 'stopped'}", file=sys.stderr)
         return 130
 
 
@@ -61,6 +61,19 @@ def _positive(text: str) -> float:
     return value
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    """A whole number of ``least`` or more, for argparse."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return value
+
+    number.__name__ = "whole number"  # argparse shows it: "invalid whole number value"
+    return number
+
+
 def _train(commands: Any) -> None:
     text = "fine-tune, distil into a quantized student, convert, export, and compare all of them on dev"
     p = _command(commands, "train", run_train, text)
@@ -71,15 +84,15 @@ def _train(commands: Any) -> None:
     p.add_argument(
         "--teacher", help="fine-tuned classifier to learn from; without --model the student starts from it too"
     )
-    p.add_argument("--qconfig", nargs="+", default=["W4E4A8"], help="presets, such as W8E8A8 W4E4A8 W2E2A8")
+    p.add_argument("--qconfig", nargs="+", default=["W4E4A8"], help="presets, such as W8E8A8, or JSON files")
     p.add_argument("--out", type=Path, default=Path("runs/train"), help="output folder; a run found in it goes on")
     p.add_argument("--epochs", type=_positive, default=2.0, help="epochs of the student; fractions are fine")
     p.add_argument("--lr", type=_positive, default=5e-5, help="learning rate of the student's weights")
     p.add_argument("--fp32-epochs", type=_positive, default=3.0, help="epochs of the fp32 fine-tuning")
     p.add_argument("--fp32-lr", type=_positive, default=5e-5, help="learning rate of the fp32 fine-tuning")
-    p.add_argument("--batch-size", type=int, default=32, help="rows of a batch")
-    p.add_argument("--max-length", type=int, help="tokens of a row (by task: 64 for sst2 and cola, else 128)")
-    p.add_argument("--seed", type=int, default=42, help="of the order of rows, a new head, dropout")
+    p.add_argument("--batch-size", type=_at_least(1), default=32, help="rows of a batch")
+    p.add_argument("--max-length", type=_at_least(4), help="tokens of a row (by task: 64 for sst2 and cola, else 128)")
+    p.add_argument("--seed", type=_at_least(0), default=42, help="of the order of rows, a new head, dropout")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the matrix products in training")
     p.add_argument("--no-teacher", action="store_true", help="train on the labels alone (plain QAT)")
     p.add_argument("--gold", action="store_true", help="add the labels' own loss to the distillation")
@@ -87,30 +100,38 @@ def _train(commands: Any) -> None:
 
 
 def run_train(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
     from kdlsq_fx import data, job, opening
-    from kdlsq_fx.files import make_folder, write_atomic
+    from kdlsq_fx.files import belongs_to, make_folder, write_atomic
     from kdlsq_fx.qconfig import resolve
 
-    for name in args.qconfig:
-        resolve(name)  # a wrong name is said before any work
-    make_folder(args.out)
+    chosen = {Path(name).stem if name.endswith(".json") else name: resolve(name) for name in args.qconfig}
+    make_folder(args.out)  # a wrong name was said before any work
     source = opening.model_source(args.teacher if args.teacher and args.model == "minilm" else args.model)
     tokenizer = opening.load_tokenizer(source)
     dataset = data.load(args.data, tokenizer, max_length=args.max_length)
     say(f"{dataset.task.name}: {len(dataset.train)} rows of train, {len(dataset.dev)} of dev")
     shared = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.precision}
     fp32 = job.Settings(epochs=args.fp32_epochs, lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared)
+    data_hashes = [dataset.train.fingerprint, dataset.dev.fingerprint]
+    belongs_to(args.out, {"model": source, "data": data_hashes, "fp32": vars(fp32)})
     start = job.start_model(source, dataset, tokenizer, out=args.out, settings=fp32)
     teacher = (
         start if args.teacher is None else opening.load_classifier(args.teacher, dataset.task, seed=args.seed).eval()
     )
     settings = job.Settings(epochs=args.epochs, lr=args.lr, **shared)
     recipe = job.Recipe(settings=settings, teacher=not args.no_teacher, gold=args.gold)
-    rows = [job.measure("fp32", "fp32", teacher, dataset, size=job.weight_bytes(args.out / "fp32"))]
+    kept = args.out / "fp32" if args.teacher is None else Path(args.teacher)
+    size = job.weight_bytes(kept if kept.is_dir() else Path(source))
+    rows = [job.measure("fp32", "fp32", teacher, dataset, size=size)]
     say(f"fp32 {rows[0].scores['headline']:.2f}")
-    for name in args.qconfig:
+    for name, qconfig in chosen.items():
+        own = None if name in args.qconfig else qconfig  # a preset by its name, or rules from a file
+        mine = {"recipe": asdict(recipe), "teacher": args.teacher, "target": args.target, "qconfig": qconfig.to_dict()}
+        belongs_to(make_folder(args.out / name), mine)
         for row in job.preset_rows(
-            start, teacher, dataset, tokenizer, name, out=args.out, recipe=recipe, target=args.target
+            start, teacher, dataset, tokenizer, name, out=args.out, recipe=recipe, target=args.target, qconfig=own
         ):
             say(f"{row.preset} {row.model} {row.scores['headline']:.2f}")
             rows.append(row)
@@ -164,8 +185,8 @@ def _eval(commands: Any) -> None:
     p.add_argument("--split", choices=("dev", "train"), default="dev", help="which rows")
     p.add_argument("--tokenizer", help="folder with the tokenizer (default: the model's folder or one beside it)")
     p.add_argument("--backend", default="reference", help="what runs an int folder: reference or torch")
-    p.add_argument("--batch-size", type=int, default=64, help="rows of a batch")
-    p.add_argument("--max-length", type=int, help="tokens of a row")
+    p.add_argument("--batch-size", type=_at_least(1), default=64, help="rows of a batch")
+    p.add_argument("--max-length", type=_at_least(4), help="tokens of a row")
     p.add_argument("--out", type=Path, help="write the scores and predictions as JSON")
 
 
@@ -195,6 +216,8 @@ def run_eval(args: argparse.Namespace) -> int:
 
 def find_tokenizer(model: Path) -> Path:
     """The folder of the model's tokenizer: its own, or one beside it as `train` lays them out."""
+    if not model.exists():
+        raise CheckpointError("no such folder or file", where=str(model), do="give what `kdlsq-fx train` wrote")
     home = model if model.is_dir() else model.parent
     for folder in (home, home / "qat", home.parent / "qat", home.parent / "fp32", home.parent.parent / "fp32"):
         if (folder / "tokenizer.json").is_file() or (folder / "vocab.txt").is_file():
@@ -234,9 +257,9 @@ def _demo(commands: Any) -> None:
     p = _command(commands, "demo", run_demo, text)
     p.add_argument("--qconfig", default="W4E4A8", help="preset of the student")
     p.add_argument("--out", type=Path, default=Path("demo-out"), help="output folder; a run found in it goes on")
-    p.add_argument("--steps", type=int, help="training steps (default: what fits in 10 minutes on 2 cores)")
-    p.add_argument("--seed", type=int, default=42, help="of the order of the texts")
-    p.add_argument("--threads", type=int, help="CPU threads (default: as many as there are cores)")
+    p.add_argument("--steps", type=_at_least(1), help="training steps (default: what fits in 10 minutes on 2 cores)")
+    p.add_argument("--seed", type=_at_least(0), default=42, help="of the order of the texts")
+    p.add_argument("--threads", type=_at_least(1), help="CPU threads (default: as many as there are cores)")
 
 
 def run_demo(args: argparse.Namespace) -> int:

@@ -28,7 +28,16 @@ from kdlsq_fx import demo_report as report
 from kdlsq_fx.corpus import Corpus, load_corpus
 from kdlsq_fx.data import Encoded
 from kdlsq_fx.errors import ConfigError
-from kdlsq_fx.files import INFO, make_folder, read_json, read_tensors, write_atomic, write_json, write_tensors
+from kdlsq_fx.files import (
+    INFO,
+    belongs_to,
+    make_folder,
+    read_json,
+    read_tensors,
+    write_atomic,
+    write_json,
+    write_tensors,
+)
 from kdlsq_fx.opening import load_tokenizer, model_source
 from kdlsq_fx.sentence import cosines, embed, encode_texts, latency, overlap, search
 
@@ -132,13 +141,7 @@ def prepare(options: Options, corpus: Corpus) -> Demo:
         encode_texts(corpus.train, tokenizer, max_length=LENGTH),
         encode_texts(corpus.held_out, tokenizer, max_length=LENGTH),
     )  # fmt: skip
-    path, mine = options.out / "settings.json", settings(demo)
-    theirs = read_json(path) if path.is_file() else mine
-    changed = [k for k, v in mine.items() if theirs.get(k) != v]
-    if changed:
-        do = "give the same options, or another folder with --out"
-        raise ConfigError(f"the folder holds a run with another {', '.join(changed)}", where=str(options.out), do=do)
-    write_json(path, mine)
+    belongs_to(options.out, settings(demo))
     return demo
 
 

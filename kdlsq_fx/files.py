@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 
 FORMAT = 1
 INFO = "kdlsq.json"
@@ -75,6 +75,21 @@ def read_json(path: Path, *, newest: int = FORMAT) -> dict[str, Any]:
             f"{path} has format {version}, this version of kdlsq_fx reads up to {newest}", do="upgrade kdlsq_fx"
         )
     return data
+
+
+def belongs_to(folder: Path, options: Mapping[str, Any], name: str = "settings.json") -> None:
+    """Write down the options that a folder's contents are made with, or hold them against those written down before.
+
+    ConfigError where they differ: results of other options would be taken for those of these.
+    """
+    mine = json.loads(json.dumps(options))  # tuples become lists, as they do in the file
+    path = folder / name
+    theirs = read_json(path) if path.is_file() else mine
+    changed = [key for key, value in mine.items() if theirs.get(key) != value]
+    if changed:
+        do = "give the same options, or another folder with --out"
+        raise ConfigError(f"the folder holds a run with another {', '.join(changed)}", where=str(folder), do=do)
+    write_json(path, mine)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

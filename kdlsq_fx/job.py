@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Container, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ import torch
 
 from kdlsq_fx import data as kd_data
 from kdlsq_fx import metrics
+from kdlsq_fx.errors import InputError
 from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.files import INFO
 from kdlsq_fx.opening import is_classifier, load_classifier
+from kdlsq_fx.qconfig import QConfig, QSpec
 from kdlsq_fx.train import Fit, fit
 
 CALIBRATION_BATCHES = 16
@@ -90,9 +92,10 @@ def student(
     *,
     out: Path,
     recipe: Recipe,
+    qconfig: QConfig | None = None,
 ) -> tuple[Any, Fit | None]:
     """The trained qat module of a preset, starting from ``start``; loaded from ``out/<preset>/qat`` when it is there
-    (then the second value is None)."""
+    (then the second value is None). With ``qconfig`` ``preset`` is only its name."""
     from kdlsq_fx.api import from_pretrained
     from kdlsq_fx.calibration import param_groups
     from kdlsq_fx.distillation import distill
@@ -101,7 +104,7 @@ def student(
     if (folder / INFO).is_file():
         return from_pretrained(folder), None
     settings = recipe.settings
-    qat = calibrated(start, dataset, preset, settings, begin_with=trained(out, recipe.begin_with))
+    qat = calibrated(start, dataset, qconfig or preset, settings, begin_with=trained(out, recipe.begin_with))
     if recipe.dropout is not None:
         for module in qat.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -127,7 +130,12 @@ def trained(out: Path, preset: str) -> Any:
 
 
 def calibrated(
-    start: torch.nn.Module, dataset: kd_data.Dataset, preset: str, settings: Settings, *, begin_with: Any = None
+    start: torch.nn.Module,
+    dataset: kd_data.Dataset,
+    preset: str | QConfig,
+    settings: Settings,
+    *,
+    begin_with: Any = None,
 ) -> Any:
     """``start`` with quantizers whose scales come from a few random batches of train; with a ``-minmax`` preset this
     is already the PTQ baseline. ``begin_with``: another student of the same model, whose weights it takes."""
@@ -136,10 +144,31 @@ def calibrated(
 
     qat = prepare_qat(start, preset)
     if begin_with is not None:
-        qat.gm.load_state_dict(begin_with.gm.state_dict(), strict=False)  # quantizers of other sites keep theirs
+        _take_weights(qat, begin_with)
     batches = dataset.train.sample(CALIBRATION_BATCHES, batch_size=settings.batch_size, seed=settings.seed)
     calibrate(qat, batches)
     return qat.eval()
+
+
+def _take_weights(qat: Any, other: Any) -> None:
+    """Weights and the scales of common sites from another student; InputError where the two are not the same model."""
+    own, given = dict(qat.gm.named_parameters()), other.gm.state_dict()
+    weights = [name for name in own if "_lsq." not in name]
+    missing = [name for name in weights if name not in given or given[name].shape != own[name].shape]
+    if missing:
+        what = f"the student to begin with lacks {len(missing)} of {len(weights)} weights, {missing[0]} for one"
+        raise InputError(what, where="begin_with", do="begin with a student of the same model")
+    qat.gm.load_state_dict(given, strict=False)  # quantizers of other sites keep theirs
+
+
+def minmax(qconfig: QConfig) -> QConfig:
+    """The baseline of a user's own rules: the same bits, axes and placement, ranges from minima and maxima."""
+
+    def plain(spec: QSpec | None) -> QSpec | None:
+        return None if spec is None else replace(spec, quantizer="minmax", init="")
+
+    rules = (replace(r, weight=plain(r.weight), act=plain(r.act), wide=plain(r.wide)) for r in qconfig.rules)
+    return replace(qconfig, rules=tuple(rules))
 
 
 def integer(qat: Any, *, out: Path, preset: str) -> Any:
@@ -211,13 +240,16 @@ def preset_rows(
     recipe: Recipe,
     target: str = "ort-cpu",
     skip: Container[str] = (),
+    qconfig: QConfig | None = None,
 ) -> Iterator[Row]:
     """Min-max PTQ, the student, its integer form and its ONNX file, each measured as soon as it is there. Rows named
-    in ``skip`` are not measured again (a student is still loaded where a later row needs it)."""
+    in ``skip`` are not measured again (a student is still loaded where a later row needs it). ``qconfig``: rules of
+    the user's own; ``preset`` is then their name."""
     if "min-max PTQ" not in skip:
-        ptq = preset.partition("-")[0] + "-minmax"
-        yield measure("min-max PTQ", ptq, calibrated(start, dataset, ptq, recipe.settings), dataset)
-    qat, _ = student(start, teacher, dataset, tokenizer, preset, out=out, recipe=recipe)
+        ptq = (preset if qconfig else preset.partition("-")[0]) + "-minmax"
+        made = calibrated(start, dataset, minmax(qconfig) if qconfig else ptq, recipe.settings)
+        yield measure("min-max PTQ", ptq, made, dataset)
+    qat, _ = student(start, teacher, dataset, tokenizer, preset, out=out, recipe=recipe, qconfig=qconfig)
     if "student (qat)" not in skip:
         yield measure("student (qat)", preset, qat, dataset, size=weight_bytes(out / preset / "qat"))
     if "integer" not in skip:

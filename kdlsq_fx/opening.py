@@ -50,6 +50,7 @@ def load_classifier(source: str, task: Task, *, seed: int, dropout: float | None
         names |= {"id2label": dict(enumerate(task.labels)), "label2id": {n: i for i, n in enumerate(task.labels)}}
     if dropout is not None:
         names |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    _check_head(source, task)
     torch.manual_seed(seed)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # the load report about the new head is no news
@@ -64,6 +65,11 @@ def load_classifier(source: str, task: Task, *, seed: int, dropout: float | None
 
 def is_classifier(source: str, task: Task) -> bool:
     """Whether the folder or hub name already holds a sequence classifier of the task's width."""
+    return _classes(source) == task.outputs
+
+
+def _classes(source: str) -> int:
+    """Outputs of the sequence classifier in a folder or hub name; 0 where it is none."""
     from transformers import AutoConfig
 
     try:
@@ -71,13 +77,22 @@ def is_classifier(source: str, task: Task) -> bool:
     except (OSError, ValueError) as e:
         raise ConfigError(f"no model there ({_short(e)})", where=source, do="give a Hugging Face model folder") from e
     named = any("SequenceClassification" in name for name in config.architectures or [])
-    return named and config.num_labels == task.outputs
+    return int(config.num_labels) if named else 0
+
+
+def _check_head(source: str, task: Task) -> None:
+    """ConfigError for a classifier of another task: its head does not fit."""
+    found = _classes(source)
+    if found and found != task.outputs:
+        do = "give the encoder it was made from, or a classifier of this task"
+        raise ConfigError(f"a classifier with {found} outputs, {task.name} needs {task.outputs}", where=source, do=do)
 
 
 def open_hub_model(source: str) -> torch.nn.Module:
     """A Hugging Face model in the class that its config names; the bare encoder where it names none."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)

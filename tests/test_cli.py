@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from tiny_glue import write_model, write_sst
 
-from kdlsq_fx import checkpoint
+import kdlsq_fx as kq
+from kdlsq_fx import checkpoint, job
 from kdlsq_fx.cli import main
 
 COMMANDS = ("train", "convert", "export", "eval", "inspect", "demo")
@@ -41,7 +42,19 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
     assert out.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("argv", [[], ["nope"], ["train"], ["train", "--data", "x", "--epochs", "0"], ["eval", "x"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nope"],
+        ["train"],
+        ["eval", "x"],
+        *(["train", "--data", "x", *pair] for pair in (["--epochs", "0"], ["--lr", "nan"], ["--batch-size", "0"])),
+        *(["train", "--data", "x", *pair] for pair in (["--seed", "-1"], ["--max-length", "0"], ["--target", "tpu"])),
+        ["eval", "x", "--data", "x", "--batch-size", "-1"],
+        *(["demo", *pair] for pair in (["--steps", "0"], ["--seed", "-1"], ["--threads", "0"])),
+    ],
+)
 def test_wrong_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(argv)
@@ -55,7 +68,8 @@ def test_wrong_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -
         (["train", "--data", "./nowhere", "--qconfig", "W9E4A8"], "unknown preset 'W9E4A8'"),
         (["convert", "nowhere", "out"], "does not exist"),
         (["export", "nowhere", "x.onnx"], "does not exist"),
-        (["eval", "nowhere.onnx", "--data", "x"], "no tokenizer near"),
+        (["eval", "nowhere.onnx", "--data", "x"], "no such folder or file"),
+        (["eval", ".", "--data", "x"], "no tokenizer near"),
         (["inspect", "./nowhere"], "no model there"),
     ],
 )
@@ -88,16 +102,32 @@ def test_ctrl_c_is_130_and_the_next_run_goes_on(tmp_path: Path) -> None:
     # the tiny model saved here is a classifier; its config is changed so that train fine-tunes it
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
-    run = kdlsq(*argv, "--fp32-epochs", "200")
-    log, end = out / "fp32-run" / "log.tsv", time.monotonic() + 120
-    while not log.exists() and run.poll() is None and time.monotonic() < end:
-        time.sleep(0.05)
-    time.sleep(0.5)
-    run.send_signal(signal.SIGINT)
-    _, said = run.communicate(timeout=60)
-    assert run.returncode == 130 and "saved in" in said and "Traceback" not in said
-    state = checkpoint.read_run(out / "fp32-run")
-    assert state is not None and state["step"] > 0 and not state["done"]
+    log, reached, changed = out / "fp32-run" / "log.tsv", 0, 0
+    for _ in range(2):
+        run, end = kdlsq(*argv, "--fp32-epochs", "200"), time.monotonic() + 500
+        while run.poll() is None and time.monotonic() < end and written(log) == changed:
+            time.sleep(0.05)
+        time.sleep(2)
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=500)
+        assert run.returncode == 130 and "saved in" in said and "Traceback" not in said, said
+        state = checkpoint.read_run(out / "fp32-run")
+        assert state is not None and state["step"] > reached and not state["done"]
+        reached, changed = state["step"], written(log)
+    steps = [line.split("\t")[0] for line in log.read_text().splitlines()[1:]]
+    assert steps == [str(k + 1) for k in range(reached)]  # each step once, the first run's among them
+
+
+def written(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def test_ctrl_c_before_any_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdlsq_fx.opening.model_source", stopped)
+    assert main(["inspect", "minilm"]) == 130 and capsys.readouterr().err == "\nkdlsq-fx: stopped\n"
 
 
 def test_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,6 +142,9 @@ def test_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert rows["student (qat)"]["predictions"] == rows["integer"]["predictions"] == rows["ONNX"]["predictions"]
     assert (out / "table.md").read_text().strip() == table.strip()
 
+    assert main([*argv, "--lr", "2e-3"]) == 1  # what stands there was made with another rate
+    assert "another recipe" in capsys.readouterr().err
+    assert main([*argv, "--seed", "7"]) == 1 and "another fp32" in capsys.readouterr().err
     assert main(argv) == 0  # all folders are there: nothing is trained again
     assert [line.split("|")[3] for line in capsys.readouterr().out.splitlines()] == [
         line.split("|")[3] for line in table.splitlines()
@@ -130,7 +163,32 @@ def test_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert main(["eval", str(path), "--data", str(folder), *extra]) == 0
         said.append(capsys.readouterr().out)
     assert len(set(said)) == 1 and "accuracy" in said[0]
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    for split in ("train", "dev"):
+        (pairs / f"{split}.tsv").write_text("sentence\tsentence2\tscore\ngood film\tfine film\t4.5\nbad\tsad\t3\n")
+    assert main(["eval", str(tmp_path / "int"), "--data", str(pairs), "--tokenizer", str(qat)]) == 1
+    assert "2 outputs, pairs needs 1" in capsys.readouterr().err
+    assert main(["train", "--data", str(pairs), "--model", str(model), "--out", str(tmp_path / "pairs-out")]) == 1
+    assert "a classifier with 2 outputs, pairs needs 1" in capsys.readouterr().err
     assert main(["inspect", str(qat)]) == 0
     assert "bert.encoder.layer.0" in capsys.readouterr().out
     assert main(["inspect", str(model), "--qconfig", "W2E2A8"]) == 0
     assert main(["inspect", str(qat), "--qconfig", "W2E2A8"]) == 1
+
+
+def test_rules_from_a_file(tmp_path: Path) -> None:
+    """The file's rules, not a preset's, for the student and for the baseline beside it; quiet without a terminal."""
+    folder, model, out = write_sst(tmp_path / "sst2", train=32), write_model(tmp_path / "bert"), tmp_path / "out"
+    rules = kq.preset("W8E8A8").with_rules(kq.Rule(site="**.layer.0.**", op="linear", weight=kq.QSpec(bits=3)))
+    (tmp_path / "mine.json").write_text(rules.to_json())
+    argv = ["train", "--data", str(folder), "--model", str(model), "--out", str(out), *QUICK]
+    run = kdlsq(*argv, "--qconfig", str(tmp_path / "mine.json"))
+    table, said = run.communicate(timeout=600)
+    assert run.returncode == 0 and len(said.splitlines()) == 7, said
+    presets = [line.split("|")[2].strip() for line in table.splitlines()[2:]]
+    assert presets == ["fp32", "mine-minmax", "mine", "mine", "mine"]
+    assert kq.from_pretrained(out / "mine" / "qat").qconfig == rules
+    spec = job.minmax(rules).rules[0].weight
+    assert spec is not None and (spec.bits, spec.quantizer) == (3, "minmax")
+    assert main(["inspect", str(model), "--qconfig", str(tmp_path / "mine.json")]) == 0
