@@ -123,9 +123,10 @@ def report(rows: dict[int, list[dict[str, float]]], args: argparse.Namespace) ->
         f"Written by `benchmarks/compile_time.py`: preset {args.preset}, hidden 768, random weights (seed 0),",
         f"median of {args.repeat} processes per size. {os.cpu_count()} cores ({platform.machine()}),",
         f"Python {platform.python_version()},",
-        f"{names}; {datetime.date.today()}. Load while it ran (jobs that wanted a core): {os.getloadavg()[2]:.1f}",
-        f"on {os.cpu_count()} cores, so that the wall clock shows the other jobs too; threads per process: "
-        f"{os.environ.get('OMP_NUM_THREADS', 'all')}.",
+        f"{names}; {datetime.date.today()}.",
+        f"Jobs that wanted a core at the end, its own among them: {os.getloadavg()[0]:.1f}; where there are more than",
+        "cores the wall clock shows the other jobs too. "
+        f"Threads per process: {os.environ.get('OMP_NUM_THREADS', 'all')}.",
         "",
         "| layers | fp32 weights MiB | prepare_qat CPU s | wall s | convert CPU s | wall s | first integer run s "
         "| peak prepare | peak convert |",
