@@ -19,9 +19,8 @@ from torch import fx
 
 from ..errors import CheckpointError, ConfigError, LoweringError
 from ..graph import site_of
-from ..integer_only import float_nodes
-from ..lowering import Island
-from ..op import Op, op_of
+from ..integer_only import islands_left, refuse
+from ..op import Op
 from ..run_int import ROUNDING
 from .onnx import ExportReport, model_of, write_checked
 from .onnx_codes import Hook
@@ -33,7 +32,6 @@ from .onnx_runtime import OnnxModel
 Array = NDArray[Any]
 TARGET = "integer"
 OPSET = 18
-SHOWN = 5
 FLOATS = frozenset(
     onnx.TensorProto.DataType.Value(t) for t in ("FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16", "COMPLEX64", "COMPLEX128")
 )
@@ -95,7 +93,11 @@ def export_integer(
         raise ConfigError(
             "a program that was read from a folder lacks the sizes", do="export the qat folder it is from"
         )
-    _demand_integers(gm)
+    refuse(
+        islands_left(gm, inputs=True),
+        "an integer file holds none",
+        "train with an -int preset, such as W8E8A8-int, or export for another target",
+    )
     emitter = IntegerEmitter(gm, dialect_of("spec"), shown, False, GridBuilder())
     emitter.run(list(input_names), list(output_names))
     model = model_of(emitter, OPSET, {"target": TARGET, **(metadata or {})})
@@ -114,25 +116,6 @@ def export_integer(
         inputs=tuple(v.name for v in model.graph.input),
         outputs=tuple(v.name for v in model.graph.output),
         cuts=tuple(emitter.cuts),
-    )
-
-
-def _demand_integers(gm: fx.GraphModule) -> None:
-    """LoweringError that lists the first float islands."""
-    islands = list(gm.meta.get("islands", ()))
-    listed = {i.site for i in islands}
-    for node in float_nodes(gm):
-        op = op_of(node)
-        if site_of(node) not in listed:
-            islands.append(Island(site_of(node), op.name if op else node.op, "it carries floats"))
-    if not islands:
-        return
-    lines = [f"\n  {i.site} ({i.op}): {i.reason}" for i in islands[:SHOWN]]
-    more = f"\n  and {len(islands) - SHOWN} more" if len(islands) > SHOWN else ""
-    raise LoweringError(
-        f"{len(islands)} ops stay float, an integer file holds none:{''.join(lines)}{more}\n",
-        where=islands[0].site,
-        do="train with an -int preset, such as W8E8A8-int, or export for another target",
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
+from ..comparison import CODE_OPS
 from ..errors import InputError, LoweringError
 from ..graph import fetch, site_of
 from ..op import op_of
@@ -22,16 +23,6 @@ from ..ranges import gemm_dtype
 
 Array = NDArray[Any]
 CodeHook = Callable[[str, Any], Any]
-CODE_OPS = (
-    "quantize",
-    "requantize",
-    "int_add",
-    "lookup",
-    "int_softmax",
-    "int_layer_norm",
-    "int_gelu",
-    "int_mean",
-)
 
 
 @dataclass(frozen=True)

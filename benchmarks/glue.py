@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import asdict
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,8 @@ def record(task: str, preset: str, seed: int, chosen: dict[str, Any]) -> dict[st
         "commit": commit,
         "versions": {n: version(n) for n in names},
         "cores": os.cpu_count(),
+        "machine": platform.processor() or platform.machine(),
+        "date": date.today().isoformat(),
     }
 
 
@@ -178,7 +182,7 @@ def write_report(seed: int) -> None:
         keys += [(n, preset.partition("-")[0] + "-minmax") for n in names if n == "min-max PTQ"]
         keys += [(n, preset) for n in names if n != "min-max PTQ"]
     lines += [line_of(name, preset, rows) for name, preset in keys]
-    lines += ["", *agreement_lines(rows)]
+    lines += ["", *agreement_lines(rows), "", *origin_lines(runs)]
     REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -208,6 +212,16 @@ def public(row: job.Row, task: str, seed: int) -> dict[str, Any]:
         base = np.asarray(json.loads(path.read_text())["rows"]["fp32"]["predictions"])
         kept["vs_fp32"] = metrics.difference(data.GLUE[task], np.asarray(row.predictions), base, labels)
     return kept
+
+
+def origin_lines(runs: list[dict[str, Any]]) -> list[str]:
+    """Where and with what the figures were made."""
+    seen: dict[str, set[str]] = {}
+    for r in runs:
+        known = {"machine": f"{r['machine']}, {r['cores']} cores", "date": r["date"], "commit": r["commit"]}
+        for key, value in (*known.items(), *r["versions"].items()):
+            seen.setdefault(key, set()).add(value)
+    return ["; ".join(f"{key} {', '.join(sorted(values))}" for key, values in seen.items()) + "."]
 
 
 def agreement_lines(rows: dict[Any, Any]) -> list[str]:

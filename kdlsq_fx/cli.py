@@ -107,6 +107,10 @@ def run_train(args: argparse.Namespace) -> int:
     from kdlsq_fx.qconfig import resolve
 
     chosen = {Path(name).stem if name.endswith(".json") else name: resolve(name) for name in args.qconfig}
+    floats = [name for name, qconfig in chosen.items() if qconfig.placement != "integer"]
+    if args.target == "integer" and floats:
+        do = f"use a preset such as {floats[0]}-int, or another --target"
+        raise ConfigError(f"{', '.join(floats)} keeps floats, an integer file holds none", where="--target", do=do)
     make_folder(args.out)  # a wrong name was said before any work
     source = opening.model_source(args.teacher if args.teacher and args.model == "minilm" else args.model)
     tokenizer = opening.load_tokenizer(source)

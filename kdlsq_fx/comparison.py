@@ -17,20 +17,12 @@ from .graph import fetch, put, site_of
 from .model import QuantModel
 from .op import op_of
 from .report import columns
+from .run_int import ROUNDING
 
 Array = NDArray[Any]
 CodeHook = Callable[[str, Any], Any]
 Run = Callable[[Mapping[str, Any], CodeHook], Any]
-CODE_OPS = (
-    "quantize",
-    "requantize",
-    "int_add",
-    "lookup",
-    "int_softmax",
-    "int_layer_norm",
-    "int_gelu",
-    "int_mean",
-)
+CODE_OPS = ("quantize", *ROUNDING)  # what a hook sees: every op that rounds to codes
 
 
 @dataclass

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from .op import is_float, is_tensor, op_of, tensor_args
+from .op import is_float, op_of, tensor_args
 
 EXACT = ("linear", "matmul", "bmm", "conv1d", "embedding")  # on codes their results are integers: nothing to round
 
@@ -78,15 +77,6 @@ def behind_dropout(node: fx.Node) -> fx.Node:
     while (op := op_of(node)) is not None and op.name == "dropout":
         node = root(tensor_args(node)[0])
     return node
-
-
-def users_through_moves(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """(consumer, operand as the consumer sees it) for every real use of a value, through data movers."""
-    for user in node.users:
-        if moves_data(user) and is_tensor(user):
-            yield from users_through_moves(user)
-        else:
-            yield user, node
 
 
 def fetch(gm: fx.GraphModule, target: str) -> Any:

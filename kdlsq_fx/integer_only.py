@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from .errors import LoweringError
+from .graph import site_of
+from .lowering import Island
 from .op import op_of
+
+SHOWN = 5
 
 
 def dtype_of(node: fx.Node) -> torch.dtype | None:
@@ -38,3 +43,26 @@ def _makes_floats(node: fx.Node) -> bool:
         return False
     ends = op is not None and op.name == "dequantize" and all(u.op == "output" for u in node.users)
     return not ends
+
+
+def islands_left(gm: fx.GraphModule, *, inputs: bool) -> list[Island]:
+    """The listed islands and whatever else makes floats; float inputs count where ``inputs`` says so."""
+    found = list(gm.meta.get("islands", ()))
+    listed = {i.site for i in found}
+    for node in float_nodes(gm):
+        if site_of(node) not in listed and (inputs or node.op != "placeholder"):
+            op = op_of(node)
+            why = "positions or masks are made with floats" if op else "it comes in as floats"
+            found.append(Island(site_of(node), op.name if op else node.op, why))
+    return found
+
+
+def refuse(islands: list[Island], what: str, do: str) -> None:
+    """LoweringError that lists the first islands (site, op, reason) and counts the rest; nothing without any."""
+    if not islands:
+        return
+    lines = [f"\n  {i.site} ({i.op}): {i.reason}" for i in islands[:SHOWN]]
+    more = f"\n  and {len(islands) - SHOWN} more" if len(islands) > SHOWN else ""
+    raise LoweringError(
+        f"{len(islands)} ops stay in floats, and {what}:{''.join(lines)}{more}\n", where=islands[0].site, do=do
+    )

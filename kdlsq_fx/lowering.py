@@ -105,15 +105,6 @@ class Lowering:
             raise StaysFloat(f"its operand {_called(operand)} has more than one scale")
         return value
 
-    def number(self, operand: Any) -> float:
-        """An operand that is one known number (Python's, or a 0-d constant); StaysFloat where it is not."""
-        if isinstance(operand, (int, float)) and not isinstance(operand, bool):
-            return float(operand)
-        tensor = self.constant(operand)
-        if tensor is None or tensor.ndim:
-            raise StaysFloat(f"its operand {_called(operand)} is no known number")
-        return float(tensor)
-
     def constant(self, operand: Any) -> torch.Tensor | None:
         """The tensor of a ``get_attr`` operand; None for anything else."""
         if not isinstance(operand, fx.Node) or operand.op != "get_attr":

@@ -168,8 +168,8 @@ def _build(program: dict[str, Any], tensors: dict[str, torch.Tensor], where: str
     graph.output(_as_tuple(decode(outputs, nodes)))
     gm = fx.GraphModule(root, graph)
     gm.meta["stage"] = program["stage"]
-    gm.meta["integer_only"] = bool(program.get("integer_only"))  # not in format 1
     gm.meta["islands"] = tuple(Island(*row) for row in program["islands"])
+    gm.meta["integer_only"] = program["format"] > 1 and is_integer_only(gm)  # format 1 says no types
     return gm.eval()
 
 

@@ -20,6 +20,7 @@ import hashlib
 import json
 import struct
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -386,8 +387,10 @@ def load(folder: str | Path, exact: bool = False) -> Program:
     path = Path(folder) / "program.json"
     try:
         program = json.loads(path.read_text(encoding="utf-8"))
-        data = (Path(folder) / program["constants"]["file"]).read_bytes()
         version, wanted, name = program["format"], program["constants"]["sha256"], program["constants"]["file"]
+        if Path(name).name != name:  # a file of this folder and no other
+            raise ValueError(f"{name!r} is no plain file name")
+        data = (Path(folder) / name).read_bytes()
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise ProgramError(f"{path} and its constants cannot be read: {err!r}") from None
     if version != FORMAT:
@@ -534,6 +537,14 @@ class Program:
         return "\n".join([*lines, f"constants   {len(self.constants)}, {size / 1e6:.1f} MB"])
 
 
+def save(path: Path, arrays: dict[str, Array]) -> None:
+    """Write an .npz file as a whole: an interrupted run leaves the old one."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        np.savez(file, **arrays)
+    part.replace(path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", help="a folder with program.json and model.safetensors")
@@ -553,8 +564,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 outputs = program(sites=seen.__setitem__ if options.sites else None, **dict(file))
             for path, arrays in ((options.output, outputs), (options.sites, seen)):
                 if path:
-                    np.savez(path, **arrays)
-    except (ProgramError, OSError, ValueError) as err:
+                    save(Path(path), arrays)
+    except (ProgramError, OSError, ValueError, zipfile.BadZipFile) as err:
         print(f"run_int: {err}", file=sys.stderr)
         return 1
     return 0

@@ -11,9 +11,9 @@ from ..errors import ConfigError
 from ..graph import module_path, op_label, root, site_of
 from ..masks import keep_of, masked_mean_of, masked_scores
 from ..op import op_of, tensor_args
-from ..ops.int_gelu import polynomial_gelu
+from ..ops.gelu import polynomial_gelu
 from ..ops.int_mean import masked_mean
-from ..ops.int_softmax import masked_softmax
+from ..ops.softmax import masked_softmax
 from ..pipeline import graph_pass
 from ..qconfig import QConfig
 
@@ -81,7 +81,5 @@ def _replace(node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
     with node.graph.inserting_before(node):
         new = node.graph.call_function(target, args)
     new.meta = dict(node.meta)
-    if isinstance(new.meta.get("val"), torch.Tensor):
-        new.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)

@@ -13,7 +13,7 @@ from ..graph import EXACT, fetch, module_path, op_label, put, root, site_of, unu
 from ..lsq import BiasGrid, Lsq
 from ..masks import tokens_there
 from ..op import op_of, tensor_args
-from ..ops.int_norm import integer_layer_norm
+from ..ops.norm import integer_layer_norm
 from ..ops.qat import bias_grid, norm_on_grid
 from ..ops.qdq import dequantize, quantize, torch_container
 from ..pipeline import graph_pass

@@ -42,6 +42,15 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
     assert out.stdout.strip() == "set()"
 
 
+def test_a_target_that_the_student_cannot_take_is_said_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    wanted = ["train", "--data", "x", "--out", str(out), "--target", "integer", "--qconfig", "W8E8A8-int", "W4E4A8"]
+    assert main(wanted) == 1
+    assert "W4E4A8 keeps floats" in capsys.readouterr().err and not out.exists()
+
+
 @pytest.mark.parametrize(
     "argv",
     [

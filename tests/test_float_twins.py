@@ -10,16 +10,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kdlsq_fx.ops.int_gelu import gelu_constants, int_gelu, numpy_polynomial_gelu, polynomial_gelu
-from kdlsq_fx.ops.int_norm import int_layer_norm, integer_layer_norm, norm_constants, numpy_integer_layer_norm
-from kdlsq_fx.ops.int_softmax import (
-    exp_table,
-    int_softmax,
-    masked_softmax,
-    numpy_masked_softmax,
-    prob_divider,
-    score_grid,
-)
+from kdlsq_fx.ops.gelu import numpy_polynomial_gelu, polynomial_gelu
+from kdlsq_fx.ops.int_gelu import gelu_constants, int_gelu
+from kdlsq_fx.ops.int_norm import int_layer_norm, norm_constants
+from kdlsq_fx.ops.int_softmax import exp_table, int_softmax, prob_divider, score_grid
+from kdlsq_fx.ops.norm import integer_layer_norm, numpy_integer_layer_norm
+from kdlsq_fx.ops.softmax import masked_softmax, numpy_masked_softmax
 
 torch.set_num_threads(1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from calibrated import calibrated, livelier
-from families import FAMILIES, batch, for_model, tiny
+from families import batch, for_model, tiny
 from torch import fx, nn
 
 from kdlsq_fx.api import convert, freeze_qat, prepare_qat
@@ -131,14 +131,15 @@ def test_polynomials_in_every_execution(bits: str, wide: QSpec | None) -> None:
     assert max(s.max_steps for s in seen.sites.values()) <= 1
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f in WHOLE])
+@pytest.mark.parametrize("family", [*WHOLE, "mobilebert", "mpnet", "deberta-v2"])
 def test_padding_changes_nothing_for_the_tokens_that_are_there(family: str) -> None:
-    if family == "squeezebert":
-        pytest.skip("grouped convolutions of width one: covered by the attention families")
-    model = convert(calibrated("W8E8A8-int", family))
-    short = for_model(tiny(family), batch(rows=1, length=6, seed=3))
-    padded = {k: torch.nn.functional.pad(v, (0, 7)) for k, v in short.items()}
-    assert torch.equal(model(**short).logits, model(**padded).logits)
+    """The states of the bare encoder, token by token, and what comes out of a whole classifier."""
+    for head, output in (("Model", "last_hidden_state"), ("ForSequenceClassification", "logits")):
+        model = convert(calibrated("W8E8A8-int", family, head))
+        short = for_model(tiny(family, head), batch(rows=1, length=6, seed=3))
+        padded = {k: torch.nn.functional.pad(v, (0, 7)) for k, v in short.items()}
+        wanted, found = model(**short)[output], model(**padded)[output]
+        assert torch.equal(wanted, found[:, : wanted.shape[1]])
 
 
 def test_a_row_without_any_key_is_defined() -> None:

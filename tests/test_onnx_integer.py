@@ -20,9 +20,10 @@ from kdlsq_fx.api import convert, export_onnx, prepare_qat
 from kdlsq_fx.backends import onnx_dialects
 from kdlsq_fx.backends.onnx import metadata_of, qconfig_of
 from kdlsq_fx.backends.onnx_integer import OnnxIntegerCodes, export_integer, integer_only
+from kdlsq_fx.backends.onnx_runtime import OnnxModel
 from kdlsq_fx.calibration import calibrate
 from kdlsq_fx.comparison import compare
-from kdlsq_fx.errors import ConfigError, LoweringError
+from kdlsq_fx.errors import ConfigError, InputError, LoweringError
 
 torch.set_num_threads(1)
 BOTH = pytest.mark.parametrize("optimize", [False, True], ids=["plain", "optimized"])
@@ -169,7 +170,9 @@ def test_integer_only_finds_floats(tmp_path: Path) -> None:
 
 def test_refusals_name_the_islands(tmp_path: Path) -> None:
     file = tmp_path / "x.onnx"
-    with pytest.raises(LoweringError, match=r"(?s)stay float.*layer_norm.*more.*-int preset"):
+    with pytest.raises(
+        LoweringError, match=r"(?s)stay in floats.*integer file holds none.*layer_norm.*more.*-int preset"
+    ):
         export_onnx(calibrated("W8E8A8"), file, target="integer")
     with pytest.raises(ConfigError, match="ort-cpu, spec, integer"):
         export_onnx(calibrated("W8E8A8-int"), file, target="tpu")
@@ -178,6 +181,18 @@ def test_refusals_name_the_islands(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="export an int graph"):
         export_integer(odd, file)
     assert not file.exists()
+
+
+@pytest.mark.parametrize("bad", [-1, 99])
+@pytest.mark.parametrize("optimize", [True, False])
+def test_ids_outside_a_table_are_refused_as_everywhere(bad: int, optimize: bool, tmp_path: Path) -> None:
+    export_onnx(calibrated("W8E8A8-int"), tmp_path / "int.onnx", target="integer")
+    given = {k: v.numpy() for k, v in batch(rows=2, length=5).items()}
+    run = OnnxModel(tmp_path / "int.onnx", optimize=optimize)
+    run(given)
+    given["input_ids"][1, 2] = bad
+    with pytest.raises(InputError):
+        run(given)
 
 
 def test_a_converted_model_is_written_as_it_is(tmp_path: Path) -> None:

@@ -389,6 +389,7 @@ def test_the_constants_of_another_program(copied: Path) -> None:
         (lambda p: first(p, "lookup").pop("args"), "damaged"),
         (lambda p: p["outputs"][0].update(value={"node": "nobody"}), "'outputs' reads 'nobody'|makes floats"),
         (lambda p: p.update(constants=None), "cannot be read"),
+        (lambda p: p["constants"].update(file="../model.safetensors"), "no plain file name"),
     ],
 )
 def test_damaged_programs(copied: Path, change: Callable[[Any], Any], message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,16 +24,6 @@ def erf(x: Array) -> Array:
     from scipy.special import erf as scipy_erf
 
     out: Array = scipy_erf(x)
-    return out
-
-
-def numpy_gelu(x: Array, approximate: str = "none") -> Array:
-    """``x * Phi(x)``; ``approximate="tanh"`` is the form of GPT-2."""
-    if approximate == "tanh":
-        inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)
-        out: Array = 0.5 * x * (1.0 + np.tanh(inner))
-    else:
-        out = 0.5 * x * (1.0 + erf(x * np.float32(math.sqrt(0.5))))
     return out
 
 
@@ -151,18 +140,6 @@ def _unary(
     )
 
 
-GELU = declare(
-    Op(
-        name="gelu",
-        target=aten.gelu.default,
-        sig="act -> act",
-        numpy=numpy_gelu,
-        onnx=lambda g, x, approximate="none": g.Gelu(x, approximate=approximate),
-        lower=lower_table,
-        sample=lambda: ((torch.linspace(-6, 6, 64),), {"approximate": "tanh"}),
-        why_float=WHY_TABLE,
-    )
-)
 _unary("tanh", aten.tanh.default, np.tanh, "Tanh", sig="act -> act", why=WHY_TABLE)
 _unary("relu", aten.relu.default, lambda x: np.maximum(x, 0), "Relu", sig="act -> act", why=WHY_TABLE)
 _unary("sigmoid", aten.sigmoid.default, numpy_sigmoid, "Sigmoid", sig="act -> act", why=WHY_TABLE)

@@ -130,7 +130,10 @@ def emit_lookup(g: Any, codes: Any, table: Any, first: int) -> Any:
 
 
 def emit_embedding(g: Any, table: Any, ids: Any) -> Any:
-    return g.Gather(table, ids, axis=0)
+    """Gather counts an id below 0 from the end; moved behind the table, it is refused like any other outside it."""
+    rows = g.constant(np.asarray(g.dims(table)[0], g.numpy_dtype(g.types[ids])))
+    below = g.Less(ids, g.constant(np.asarray(0, g.numpy_dtype(g.types[ids]))))
+    return g.Gather(table, g.Where(below, rows, ids), axis=0)
 
 
 def emit_linear(

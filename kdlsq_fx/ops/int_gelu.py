@@ -9,27 +9,18 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import fx
-from torch.autograd.function import once_differentiable
 
-from kdlsq_fx.errors import LoweringError
-from kdlsq_fx.graph import site_of
-from kdlsq_fx.lowering import Grid, Lowering, QValue, StaysFloat
 from kdlsq_fx.op import Op, declare
 from kdlsq_fx.ops.bounds_nonlinear import gelu_bounds
 from kdlsq_fx.ops.emit_integer_curves import emit_gelu
-from kdlsq_fx.ops.emit_integer_twins import emit_polynomial_gelu
 from kdlsq_fx.ops.fixed_point import dyadic, numpy_round_shift, random_codes, round_shift
-from kdlsq_fx.ops.lower_rules import on_grid
 from kdlsq_fx.ops.qdq import container, torch_container
 
-aten = torch.ops.aten
 Array = NDArray[Any]
 
 FRACTION = 12  # x / sqrt(2) in steps of 2**-12
@@ -62,12 +53,12 @@ def int_gelu(
 ) -> torch.Tensor:
     """Codes of up to 22 bits, any shape, to codes of ``gelu`` of what they stand for; constants: gelu_constants."""
     real = x.to(torch.int64) - x_zero_point
-    w = _one_plus_erf(round_shift(real * multiplier, shift))
+    w = one_plus_erf(round_shift(real * multiplier, shift))
     q = round_shift(real * round_shift(w, FRACTION) * out_multiplier, out_shift)
     return q.add_(zero_point).clamp_(qmin, qmax).to(torch_container(qmin, qmax))
 
 
-def _one_plus_erf(t: torch.Tensor) -> torch.Tensor:
+def one_plus_erf(t: torch.Tensor) -> torch.Tensor:
     """``(1 + erf(t / 2**12)) * C``, 0 to 2 C, in integers."""
     s = t.abs().clamp_(max=B).sub_(B)
     return t.sign().mul_(C - s * s).add_(C)
@@ -99,61 +90,6 @@ def numpy_half_erf(t: Array) -> Array:
     return numpy_round_shift(w, FRACTION)
 
 
-class _PolynomialGelu(torch.autograd.Function):
-    """Forward is i-GELU, backward exact GELU's; keeps its input only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        # int32 holds every step up to 2 C < 2**27, and beyond B nothing changes; float32 would not be exact
-        t = (x * (2**FRACTION / math.sqrt(2))).round_().clamp_(-B, B).to(torch.int32)
-        w = round_shift(_one_plus_erf(t), FRACTION)
-        return w.to(x.dtype).mul_(ERF_A / 2 * 2.0**-FRACTION).mul_(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        (x,) = ctx.saved_tensors
-        return aten.gelu_backward(grad, x)
-
-
-def polynomial_gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU of float ``x``, any shape, as :func:`int_gelu` has it before its last rounding; gradient of exact GELU."""
-    return _PolynomialGelu.apply(x)
-
-
-def numpy_polynomial_gelu(x: Array) -> Array:
-    """:func:`polynomial_gelu` in NumPy."""
-    t = np.rint(np.clip(x * x.dtype.type(2**FRACTION / math.sqrt(2)), -B, B))
-    half = numpy_half_erf(np.nan_to_num(t).astype(np.int64))
-    return x * (half * (ERF_A / 2 / 2**FRACTION)).astype(x.dtype)
-
-
-@dataclass(frozen=True)
-class PolynomialGelu:
-    """i-GELU of codes, on the grid of the quantizer behind it."""
-
-    x: QValue
-
-    def quantized(self, lowering: Lowering, node: fx.Node, grid: Grid) -> QValue:
-        try:
-            constants = gelu_constants(float(self.x.scale), grid.scale)
-        except ValueError as err:
-            raise LoweringError(str(err), where=site_of(node), do="calibrate again: a scale is out of range") from None
-        ends = (grid.zero_point, grid.qmin, grid.qmax)
-        dtype = torch_container(grid.qmin, grid.qmax)
-        made = lowering.call(node, int_gelu, self.x.node, self.x.zero_point, *constants, *ends, dtype=dtype)
-        return on_grid(made, grid)
-
-
-def lower_polynomial_gelu(lowering: Lowering, node: fx.Node) -> PolynomialGelu:
-    """polynomial_gelu(x) -> int_gelu(x)"""
-    x = lowering.per_tensor(node.args[0])
-    if max(abs(x.lo), abs(x.hi)) > 2**21:
-        raise StaysFloat("its input has more than 22 bits: no quantizer stands before it")
-    return PolynomialGelu(x)
-
-
 def _int_sample() -> tuple[tuple[Any, ...], dict[str, Any]]:
     x = random_codes(3, 50, low=-(2**15), high=2**15, dtype=torch.int16)
     return (x, 5, *gelu_constants(2e-4, 0.03), -100, -128, 127), {}
@@ -168,17 +104,5 @@ INT_GELU = declare(
         onnx=functools.partial(emit_gelu, knee=B, height=C, fraction=FRACTION),
         bounds=functools.partial(gelu_bounds, knee=B, height=C, fraction=FRACTION),
         sample=_int_sample,
-    )
-)
-POLYNOMIAL_GELU = declare(
-    Op(
-        name="polynomial_gelu",
-        target=polynomial_gelu,
-        sig="act -> act",
-        numpy=numpy_polynomial_gelu,
-        onnx=functools.partial(emit_polynomial_gelu, knee=B, height=C, fraction=FRACTION, erf_a=ERF_A),
-        sample=lambda: ((torch.linspace(-6, 6, 97),), {}),
-        lower=lower_polynomial_gelu,
-        why_float="its polynomial runs in floats",
     )
 )

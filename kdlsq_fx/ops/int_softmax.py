@@ -10,23 +10,16 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import fx
-from torch.autograd.function import once_differentiable
 
-from kdlsq_fx.errors import InputError, LoweringError
-from kdlsq_fx.graph import site_of
-from kdlsq_fx.lowering import Grid, Lowering, QValue
-from kdlsq_fx.masks import masked_scores
+from kdlsq_fx.errors import InputError
 from kdlsq_fx.op import Op, declare
 from kdlsq_fx.ops.bounds_nonlinear import softmax_bounds
 from kdlsq_fx.ops.emit_integer_curves import emit_softmax
-from kdlsq_fx.ops.emit_integer_twins import emit_masked_softmax
 from kdlsq_fx.ops.fixed_point import (
     dyadic,
     numpy_round_divide,
@@ -35,10 +28,8 @@ from kdlsq_fx.ops.fixed_point import (
     round_divide,
     round_shift,
 )
-from kdlsq_fx.ops.lower_rules import on_grid
 from kdlsq_fx.ops.qdq import container, torch_container
 
-aten = torch.ops.aten
 Array = NDArray[Any]
 
 TABLE_FRACTION, TABLE_LAST = 10, 2**14 - 1  # scores in steps of 2**-10, down to 16 below the largest: exp gives 0 there
@@ -168,103 +159,7 @@ def _demand_length(length: int) -> None:
         raise InputError(f"a softmax over {length} keys can overflow", do=f"use at most {LONGEST} keys")
 
 
-@functools.cache
-def _float_table(exp: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The integers the op takes for ``exp(-d / 2**F) * 2**15``, for every ``d``."""
-    steps = exp_table() if exp == "table" else i_exp(torch.arange(POLYNOMIAL_LAST + 1))
-    return steps.to(device, dtype)
-
-
-class _MaskedSoftmax(torch.autograd.Function):
-    """Keeps the probabilities only: softmax's gradient is ``p * (g - sum(g * p))``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, keep: torch.Tensor | None, dim: int, exp: str) -> torch.Tensor:
-        fraction, last = (TABLE_FRACTION, TABLE_LAST) if exp == "table" else (POLYNOMIAL_FRACTION, POLYNOMIAL_LAST)
-        # the lowest float, not -inf: a row without a key must give 0, and inf - inf is NaN
-        kept = x if keep is None else torch.where(keep, x, torch.finfo(x.dtype).min)
-        top = kept.amax(dim, keepdim=True)
-        d = (top - kept).mul_(2.0**fraction).clamp_(max=last).round_()
-        index = d.to(torch.int32).clamp_(0, last)  # NaN becomes some integer here, and NaN again below
-        e = _float_table(exp, x.dtype, x.device).index_select(0, index.reshape(-1)).reshape(x.shape)
-        if keep is not None:
-            e.mul_(keep)
-        total = e.sum(dim, keepdim=True).clamp_(min=1.0).add_(top - top)
-        p = e.div_(total)
-        ctx.save_for_backward(p)
-        ctx.dim = dim
-        return p
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (p,) = ctx.saved_tensors
-        return aten._softmax_backward_data(grad, p, ctx.dim, p.dtype), None, None, None
-
-
-def masked_softmax(x: torch.Tensor, keep: torch.Tensor | None, dim: int, exp: str = "table") -> torch.Tensor:
-    """Softmax of float scores ``x`` with the exponentials of :func:`int_softmax`: what training sees of it.
-
-    ``keep``: bool that broadcasts to ``x``, or None. ``exp``: ``"table"`` or ``"polynomial"``. Masked keys, and rows
-    without a kept key, get exactly 0. The gradient is softmax's at these probabilities. ValueError for another ``exp``.
-    """
-    _demand_form(exp)
-    return _MaskedSoftmax.apply(x, keep, dim, exp)
-
-
-def numpy_masked_softmax(x: Array, keep: Array | None, dim: int, exp: str = "table") -> Array:
-    """:func:`masked_softmax` in NumPy."""
-    _demand_form(exp)
-    there = np.True_ if keep is None else keep
-    top = np.max(x, axis=dim, keepdims=True, initial=np.finfo(x.dtype).min, where=there)
-    with np.errstate(invalid="ignore", over="ignore"):
-        below = np.where(there, np.subtract(top, x), 0)
-    if exp == "table":
-        d = np.rint(np.minimum(below * x.dtype.type(2**TABLE_FRACTION), TABLE_LAST)).astype(np.int64)
-        e = np.rint(np.exp(d / -(2.0**TABLE_FRACTION)) * 2**15)
-    else:
-        d = np.rint(np.minimum(below * x.dtype.type(2**POLYNOMIAL_FRACTION), POLYNOMIAL_LAST)).astype(np.int64)
-        e = numpy_i_exp(d)
-    e = np.where(there, e, 0).astype(x.dtype)
-    p: Array = e / np.maximum(e.sum(axis=dim, keepdims=True), 1)
-    return p
-
-
-def _demand_form(exp: str) -> None:
-    if exp not in ("table", "polynomial"):
-        raise ValueError(f"masked_softmax takes exponentials from a 'table' or a 'polynomial', not {exp!r}")
-
-
-@dataclass(frozen=True)
-class Probabilities:
-    """Softmax of scores, on the grid of the quantizer behind it."""
-
-    scores: QValue
-    keep: fx.Node | None
-    form: str
-
-    def quantized(self, lowering: Lowering, node: fx.Node, grid: Grid) -> QValue:
-        try:
-            multiplier, shift, limit = score_grid(float(self.scores.scale), table=self.form == "table")
-            divider = prob_divider(grid.scale)
-        except ValueError as err:
-            raise LoweringError(str(err), where=site_of(node), do="calibrate again: a scale is out of range") from None
-        table = lowering.store(node, "", exp_table(), exact=TABLE_NAME) if self.form == "table" else None
-        args = (self.scores.node, self.keep, table, multiplier, shift, limit, divider)
-        ends = (grid.zero_point, grid.qmin, grid.qmax)
-        made = lowering.call(node, int_softmax, *args, *ends, dtype=torch_container(grid.qmin, grid.qmax))
-        return on_grid(made, grid)
-
-
-def lower_masked_softmax(lowering: Lowering, node: fx.Node) -> Probabilities:
-    """masked_softmax(x + mask, keep) -> int_softmax(x, keep): the mask is no number any more"""
-    scores, keep, _, form = (*node.args, "table")[:4]
-    if isinstance(scores, fx.Node) and (masked := masked_scores(scores)) is not None:
-        scores = masked[0]
-    return Probabilities(lowering.per_tensor(scores), keep, str(form))  # type: ignore[arg-type]
-
-
-def _keep_sample() -> torch.Tensor:
+def keep_sample() -> torch.Tensor:
     keep = torch.ones(2, 1, 1, 9, dtype=torch.bool)
     keep[0, ..., 5:] = False
     return keep
@@ -273,11 +168,7 @@ def _keep_sample() -> torch.Tensor:
 def _int_sample() -> tuple[tuple[Any, ...], dict[str, Any]]:
     multiplier, shift, limit = score_grid(1e-3, table=True)
     scores = random_acc(2, 3, 4, 9) >> 19  # +-4096 steps
-    return (scores, _keep_sample(), exp_table(), multiplier, shift, limit, prob_divider(1 / 255), 0, 0, 255), {}
-
-
-def _float_sample() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return ((random_acc(2, 3, 4, 9) >> 19).float() / 1024, _keep_sample(), -1), {}
+    return (scores, keep_sample(), exp_table(), multiplier, shift, limit, prob_divider(1 / 255), 0, 0, 255), {}
 
 
 INT_SOFTMAX = declare(
@@ -291,24 +182,5 @@ INT_SOFTMAX = declare(
             softmax_bounds, i_exp=numpy_i_exp, lasts=(TABLE_LAST, POLYNOMIAL_LAST), longest=LONGEST
         ),
         sample=_int_sample,
-    )
-)
-MASKED_SOFTMAX = declare(
-    Op(
-        name="masked_softmax",
-        target=masked_softmax,
-        sig="wide, mask -> prob",
-        numpy=numpy_masked_softmax,
-        onnx=functools.partial(
-            emit_masked_softmax,
-            grids={
-                "table": (TABLE_FRACTION, TABLE_LAST),
-                "polynomial": (POLYNOMIAL_FRACTION, POLYNOMIAL_LAST),
-            },
-            table=lambda exp: _float_table(exp, torch.float32, torch.device("cpu")).numpy(),
-        ),
-        sample=_float_sample,
-        lower=lower_masked_softmax,
-        why_float="the exponential and the division run in floats",
     )
 )

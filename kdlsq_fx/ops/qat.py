@@ -7,7 +7,7 @@ import torch
 from ..errors import TrainingError
 from ..lsq import BiasGrid, Lsq
 from ..op import Op, declare
-from .int_norm import integer_layer_norm
+from .norm import integer_layer_norm
 
 LSQ = declare(Op(name="lsq", target=Lsq, sig="float -> act"))
 
