@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -10,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from . import kd_losses as losses
-from .capture import capture
-from .errors import InputError
-from .graph import output_args
+from .errors import ConfigError, InputError
 from .kd_setup import (
     check_options,
     check_outputs,
@@ -25,9 +22,9 @@ from .kd_setup import (
     matched_taps,
     output_names,
 )
+from .kd_targets import Kept, Targets, Teacher, frozen_teacher, with_taps
 from .matching import Match, match_graphs
-from .model import QuantModel, wrap
-from .qconfig import QConfig
+from .model import QuantModel
 from .taps import Tap, node_at, token_axes
 
 __all__ = ["DistillOutput", "Distiller", "Tap", "distill"]
@@ -66,7 +63,7 @@ class Distiller(nn.Module):
     accepts_loss_kwargs = False  # as QuantModel's: the loss is a mean over the batch
 
     def __init__(
-        self, student: QuantModel, teacher: QuantModel, taps: tuple[Tap, ...], weights: dict[str, float],
+        self, student: QuantModel, targets: Targets, taps: tuple[Tap, ...], weights: dict[str, float],
         temperature: float, padding: str,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -74,13 +71,19 @@ class Distiller(nn.Module):
         self.taps, self.weights = taps, weights
         self.temperature, self.padding = temperature, padding
         places = [node_at(student.gm, t.student, "student") for t in taps]
-        partners = [node_at(teacher.gm, t.teacher, "teacher") for t in taps]
         self._axes = [token_axes(student.gm, node) for node in places]
-        self._unregistered = (teacher, with_taps(teacher.gm, partners), with_taps(student.gm, places))
+        self._unregistered = (targets, with_taps(student.gm, places))  # in a tuple: no submodules
+
+    @property
+    def targets(self) -> Targets:
+        """Where the teacher's side of the loss comes from."""
+        return self._unregistered[0]
 
     @property
     def teacher(self) -> QuantModel:
-        return self._unregistered[0]
+        if not isinstance(self.targets, Teacher):
+            raise ConfigError("there is no teacher in memory", do="it was run before; the cache knows its targets")
+        return self.targets.model
 
     @property
     def config(self) -> Any:
@@ -104,16 +107,12 @@ class Distiller(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> DistillOutput:
         """Both models on one batch. InputError where the batch does not fit, or ``gold`` has a weight and no labels."""
-        teacher, teacher_graph, student_graph = self._unregistered
         labels, inputs = self.student.split(*args, **kwargs)
-        flat, values = student_graph(*(inputs[n] for n in self.student.input_names))
-        with torch.no_grad():
-            given = {k: v for k, v in {**kwargs, **inputs}.items() if k in teacher.input_names}
-            _, given = teacher.split(**given)
-            wanted, targets = teacher_graph(*(given[n] for n in teacher.input_names))
-        fields = _named(self.student, flat)
-        parts = self._between(values, targets, self._weight(inputs))
-        parts |= self._outputs(fields, _named(teacher, wanted), inputs)
+        wanted = self.targets.wanted({**kwargs, **inputs})
+        flat, values = self._unregistered[1](*(inputs[n] for n in self.student.input_names))
+        fields = dict(zip(output_names(self.student), flat))
+        parts = self._between(values, wanted.taps, self._weight(inputs))
+        parts |= self._outputs(fields, wanted.outputs, inputs)
         if self.weights["gold"]:
             if not labels:
                 raise InputError("gold has a weight but the batch has no labels", do="pass labels=, or set gold=0")
@@ -127,11 +126,12 @@ class Distiller(nn.Module):
         return None if self.padding == "paper" or mask is None or mask.dim() != 2 else (mask != 0).float()
 
     def _between(
-        self, values: tuple[torch.Tensor, ...], targets: tuple[torch.Tensor, ...], weight: torch.Tensor | None
+        self, values: tuple[torch.Tensor, ...], wanted: tuple[Kept, ...], weight: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         """Terms at the taps: for each loss the sum over its taps."""
         parts: dict[str, torch.Tensor] = {}
-        for tap, axes, value, target in zip(self.taps, self._axes, values, targets):
+        for tap, axes, value, kept in zip(self.taps, self._axes, values, wanted):
+            target = kept.values
             if value.shape != target.shape:
                 raise InputError(f"shapes {tuple(value.shape)} and {tuple(target.shape)} differ", where=tap.student)
             if tap.loss == "logits":
@@ -150,8 +150,8 @@ class Distiller(nn.Module):
         if self.weights["logits"] and not any(t.loss == "logits" for t in self.taps):
             parts["logits"] = self._logits(fields, wanted, self._weight(inputs))
         if self.weights["pooled"]:
-            pair = fields["last_hidden_state"], wanted["last_hidden_state"]
-            parts["pooled"] = losses.pooled(*pair, inputs.get("attention_mask"))
+            mask = inputs.get("attention_mask")
+            parts["pooled"] = losses.pooled(fields["last_hidden_state"], wanted["pooled"], mask)
         return parts
 
     def _logits(
@@ -178,7 +178,7 @@ class Distiller(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Distiller:
         """``.to``, ``.cuda`` and the like reach the teacher too, though it is no submodule."""
         super()._apply(fn, recurse)
-        self.teacher._apply(fn, recurse)
+        self.targets.move(fn, recurse)
         return self
 
 
@@ -222,29 +222,12 @@ def distill(
     """
     weights = {"hidden": hidden, "attention": attention, "logits": logits, "gold": gold, "pooled": pooled}
     check_options(qat, teacher, weights, temperature, padding)
-    frozen = _teacher_of(teacher, qat)
+    frozen = frozen_teacher(teacher, qat)
     chosen = given_taps(taps, weights) if taps is not None else matched_taps(qat, frozen, weights)
     check_vocabulary(qat, frozen, chosen)
     check_shapes(qat, frozen, chosen)
     check_outputs(qat, frozen, weights, chosen)
-    return _signed(qat)(qat, frozen, chosen, weights, temperature, padding)
-
-
-def with_taps(gm: fx.GraphModule, nodes: list[fx.Node]) -> fx.GraphModule:
-    """A second graph over the very same parameters and submodules that returns ``(outputs, values of nodes)``."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.graph_copy(gm.graph, copies)
-    outputs = tuple(copies[o] if isinstance(o, fx.Node) else o for o in output_args(gm.graph))
-    graph.output((outputs, tuple(copies[n] for n in nodes)))
-    tapped = fx.GraphModule(gm, graph)
-    for store in ("_parameters", "_buffers", "_modules"):  # the stores themselves, so that .to() reaches both graphs
-        tapped.__dict__[store] = gm.__dict__[store]
-    return tapped
-
-
-def _named(model: QuantModel, flat: Any) -> dict[str, torch.Tensor]:
-    return dict(zip(output_names(model), flat))
+    return _signed(qat)(qat, Teacher(frozen, chosen), chosen, weights, temperature, padding)
 
 
 def _signed(qat: QuantModel) -> type[Distiller]:
@@ -255,19 +238,3 @@ def _signed(qat: QuantModel) -> type[Distiller]:
 
     forward.__signature__ = inspect.signature(type(qat).forward)  # type: ignore[attr-defined]
     return type("Distiller", (Distiller,), {"forward": forward, "__module__": __name__, "__doc__": Distiller.__doc__})
-
-
-def _teacher_of(teacher: nn.Module, qat: QuantModel) -> QuantModel:
-    """A frozen copy of the teacher as a graph, in eval mode."""
-    if isinstance(teacher, QuantModel):
-        frozen = copy.copy(teacher)
-        frozen.__dict__["_modules"] = dict(teacher._modules)
-        gm = copy.deepcopy(teacher.gm)
-        gm.meta = dict(teacher.gm.meta)
-        for old, new in zip(teacher.gm.graph.nodes, gm.graph.nodes):
-            new.meta = dict(old.meta)
-        frozen.gm = gm
-    else:
-        example = qat.example if getattr(teacher, "config", None) is None else None
-        frozen = wrap(capture(teacher, example), teacher, QConfig(rules=(), name="teacher"))
-    return frozen.eval().requires_grad_(False)

@@ -119,7 +119,6 @@ def sentence_vectors(states: torch.Tensor, mask: torch.Tensor | None) -> torch.T
     return (states * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-def pooled(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """``1 - cosine`` of the two sentence vectors, mean over rows."""
-    a, b = sentence_vectors(student.float(), mask), sentence_vectors(teacher.float(), mask)
-    return (1 - F.cosine_similarity(a, b, dim=-1)).mean()
+def pooled(student: torch.Tensor, vectors: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """``1 - cosine`` of the student's sentence vectors and the teacher's (batch, width), mean over rows."""
+    return (1 - F.cosine_similarity(sentence_vectors(student.float(), mask), vectors, dim=-1)).mean()

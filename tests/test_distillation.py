@@ -14,8 +14,9 @@ from families import FAMILIES, batch, for_model, tiny
 from torch import nn
 
 import kdlsq_fx as kq
-from kdlsq_fx.distillation import Distiller, Tap, distill, with_taps
+from kdlsq_fx.distillation import Distiller, Tap, distill
 from kdlsq_fx.errors import ConfigError, InputError
+from kdlsq_fx.kd_targets import with_taps
 from kdlsq_fx.model import QuantModel
 from kdlsq_fx.taps import find_taps
 
@@ -221,7 +222,7 @@ def test_student_keeps_its_dropout_and_its_parameters() -> None:
 def test_to_moves_the_teacher_and_replaced_buffers_stay_shared() -> None:
     kd = distill(float_student(tiny("bert")), pair()[3]).double()
     assert {p.dtype for p in kd.teacher.parameters()} == {torch.float64}
-    tapped = kd._unregistered[2]
+    tapped = kd._unregistered[1]
     for name, p in kd.student.gm.named_parameters():
         assert tapped.get_parameter(name) is p
 
