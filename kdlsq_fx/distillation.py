@@ -61,6 +61,7 @@ class Distiller(nn.Module):
     """
 
     accepts_loss_kwargs = False  # as QuantModel's: the loss is a mean over the batch
+    moves_inputs = True
 
     def __init__(
         self, student: QuantModel, targets: Targets, taps: tuple[Tap, ...], weights: dict[str, float],
@@ -227,7 +228,8 @@ def distill(
     check_vocabulary(qat, frozen, chosen)
     check_shapes(qat, frozen, chosen)
     check_outputs(qat, frozen, weights, chosen)
-    return _signed(qat)(qat, Teacher(frozen, chosen), chosen, weights, temperature, padding)
+    targets = Teacher(frozen, chosen, checked=frozen.covers(qat))
+    return _signed(qat)(qat, targets, chosen, weights, temperature, padding)
 
 
 def _signed(qat: QuantModel) -> type[Distiller]:

@@ -55,15 +55,17 @@ class Targets(Protocol):
 
 
 class Teacher:
-    """A frozen model in eval mode that is run on every batch."""
+    """A frozen model in eval mode that is run on every batch. ``checked``: the student's look at a batch serves for it
+    too, whose values then need not come from a GPU a second time."""
 
-    def __init__(self, model: QuantModel, taps: tuple[Tap, ...]) -> None:
-        self.model = model
+    def __init__(self, model: QuantModel, taps: tuple[Tap, ...], *, checked: bool = False) -> None:
+        self.model, self.checked = model, checked
         self.graph = with_taps(model.gm, [node_at(model.gm, t.teacher, "teacher") for t in taps])
 
     @torch.no_grad()
     def wanted(self, given: dict[str, Any]) -> Wanted:
-        _, inputs = self.model.split(**{k: v for k, v in given.items() if k in self.model.input_names})
+        own = {k: v for k, v in given.items() if k in self.model.input_names and v is not None}
+        inputs = self.model.fill(own, values=not self.checked)
         flat, values = self.graph(*(inputs[n] for n in self.model.input_names))
         fields = dict(zip(output_names(self.model), flat))
         outputs = {k: v for k, v in fields.items() if k in ("logits", "start_logits", "end_logits")}

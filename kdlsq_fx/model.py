@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from .capture import Captured
+from .devices import moved, ranges
 from .errors import InputError
 from .losses import loss_for
 from .lowering import Island
@@ -33,6 +34,7 @@ class QuantModel(nn.Module):
     """
 
     accepts_loss_kwargs = False  # the Trainer believes a ``**kwargs`` otherwise, and sums the losses it accumulates
+    moves_inputs = True  # checked where they lie, then moved: checks of values on the host make no GPU wait
 
     def __init__(self, captured: Captured, model: nn.Module | None, qconfig: QConfig) -> None:
         super().__init__()
@@ -53,7 +55,9 @@ class QuantModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+        held = next(self.parameters(), None)
+        held = next(self.buffers(), None) if held is None else held
+        return torch.device("cpu") if held is None else held.device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the graph. Raises InputError for ids outside the vocabulary, sequences longer than the positions, NaN,
@@ -68,7 +72,8 @@ class QuantModel(nn.Module):
         return tuple(output.values()) if as_tuple else output
 
     def split(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Arguments as Hugging Face takes them -> (labels, the graph's inputs with defaults filled in)."""
+        """Arguments as Hugging Face takes them -> (labels, the graph's inputs with defaults filled in), checked and on
+        the model's device."""
         try:
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as err:
@@ -78,12 +83,25 @@ class QuantModel(nn.Module):
         labels = {k: given.pop(k) for k in LABELS if given.get(k) is not None}
         self._refuse([k for k, v in given.items() if k not in self.input_names and not _neutral(k, v)])
         inputs = {k: v for k, v in given.items() if k in self.input_names and v is not None}
+        device = self.device
+        return {k: moved(v, device) for k, v in labels.items()}, self.fill(inputs)
+
+    def fill(self, inputs: dict[str, Any], *, values: bool = True) -> dict[str, Any]:
+        """The graph's inputs with defaults filled in, checked, on the model's device. ``values=False``: in shape only,
+        for inputs whose values were checked before."""
+        inputs = dict(inputs)
         self._fill(inputs)
-        self._check(inputs)
+        self._check(inputs, values)
         for name, value in inputs.items():
-            if _is_broken(name, value):
+            if values and _is_broken(name, value):
                 raise InputError(f"{name} holds NaN or infinity", where=name, do="look at what made this input")
-        return labels, inputs
+        device = self.device
+        return {k: moved(v, device) for k, v in inputs.items()}
+
+    def covers(self, other: QuantModel) -> bool:
+        """Whether every id and token type that ``other`` takes is one that this model takes."""
+        mine, theirs = ((m._limits[0], _kinds(m.config)) for m in (self, other))
+        return all(not a or (b and b <= a) for a, b in zip(mine, theirs))
 
     def _refuse(self, extra: list[str]) -> None:
         """InputError for arguments that are no input of the graph."""
@@ -127,7 +145,7 @@ class QuantModel(nn.Module):
         if missing:
             raise InputError(f"missing input {', '.join(missing)}", do=f"pass all of {', '.join(self.input_names)}")
 
-    def _check(self, inputs: dict[str, Any]) -> None:
+    def _check(self, inputs: dict[str, Any], values: bool) -> None:
         ids = inputs.get("input_ids")
         if ids is None or torch.compiler.is_compiling():
             return
@@ -140,21 +158,24 @@ class QuantModel(nn.Module):
                 where="input_ids",
                 do="truncate in the tokenizer (truncation=True, max_length=...)",
             )
-        low, high = int(ids.min()), int(ids.max())
-        if vocab and (low < 0 or high >= vocab):
-            raise InputError(
-                f"input_ids run from {low} to {high}, the vocabulary from 0 to {vocab - 1}",
-                where="input_ids",
-                do="use the tokenizer that belongs to this model",
-            )
         for name, value in inputs.items():
             if name in TEXT and not self._fits(name, value, ids):
                 what = f"{name} has shape {tuple(value.shape)}, input_ids {tuple(ids.shape)}"
                 raise InputError(what, where=name, do="pass one number per id, (batch, length)")
-        types, kinds = inputs.get("token_type_ids"), int(getattr(self.config, "type_vocab_size", 0) or 0)
-        if types is not None and kinds and not 0 <= int(types.min()) <= int(types.max()) < kinds:
-            what = f"token_type_ids run from {int(types.min())} to {int(types.max())}, the types from 0 to {kinds - 1}"
-            raise InputError(what, where="token_type_ids", do="use the tokenizer that belongs to this model")
+        if values:
+            self._check_values(ids, inputs.get("token_type_ids"), vocab)
+
+    def _check_values(self, ids: torch.Tensor, types: torch.Tensor | None, vocab: int) -> None:
+        kinds = _kinds(self.config)
+        (low, high), *of_types = ranges([ids] if types is None or not kinds else [ids, types])
+        do = "use the tokenizer that belongs to this model"
+        if vocab and (low < 0 or high >= vocab):
+            what = f"input_ids run from {low} to {high}, the vocabulary from 0 to {vocab - 1}"
+            raise InputError(what, where="input_ids", do=do)
+        for first, last in of_types:
+            if not 0 <= first <= last < kinds:
+                what = f"token_type_ids run from {first} to {last}, the types from 0 to {kinds - 1}"
+                raise InputError(what, where="token_type_ids", do=do)
 
     @property
     def islands(self) -> tuple[Island, ...]:
@@ -245,6 +266,11 @@ def wrap(captured: Captured, model: nn.Module | None, qconfig: QConfig) -> Quant
 def _loose(signature: inspect.Signature) -> list[inspect.Parameter]:
     """Positional-or-keyword parameters without annotations, so that ``self`` may stand before them."""
     return [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+
+
+def _kinds(config: Any) -> int:
+    """Number of token types; 0 where the model has no such limit."""
+    return int(getattr(config, "type_vocab_size", 0) or 0)
 
 
 def _limits(gm: fx.GraphModule, config: Any) -> tuple[int, int]:

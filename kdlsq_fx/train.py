@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from kdlsq_fx import checkpoint
+from kdlsq_fx.devices import Pending, moved
 from kdlsq_fx.errors import ConfigError, TrainingError
 from kdlsq_fx.files import make_folder, write_atomic
 
@@ -170,21 +171,25 @@ def _step(
     step: int,
     folder: Path,
 ) -> tuple[float, dict[str, float]]:
-    """One optimizer step; nothing is changed where the loss is not finite."""
+    """One optimizer step; no parameter is changed where the loss is not finite. Waits for a GPU once, for the loss."""
     device = next(model.parameters()).device
+    if not getattr(model, "moves_inputs", False):
+        batch = {k: moved(v, device) for k, v in batch.items()}
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        output = model(**{k: v.to(device) for k, v in batch.items()})
-    loss = float(output.loss.detach())
+        output = model(**batch)
+    pending = Pending({"loss": output.loss, **(getattr(output, "parts", None) or {})})
+    optimizer.zero_grad(set_to_none=True)
+    output.loss.backward()  # queued before the loss is looked at
+    parts = pending.numbers()
+    loss = parts.pop("loss")
     if not math.isfinite(loss):
         do = f"lower the learning rate, or start again from the last checkpoint in {folder}"
         raise TrainingError(f"the loss is {loss} at step {step + 1}", do=do)
-    optimizer.zero_grad(set_to_none=True)
-    output.loss.backward()
     if clip > 0:
         parameters = [p for g in optimizer.param_groups for p in g["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
-    return loss, {k: float(v) for k, v in (getattr(output, "parts", None) or {}).items()}
+    return loss, parts
 
 
 def _start(
