@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kdlsq_fx import fused
 from kdlsq_fx.baselines import Ema, MinMax, Twn
+from kdlsq_fx.fused_grid import Grid
 from kdlsq_fx.qconfig import QSpec
 from kdlsq_fx.quantizer import Lsq, Role, along, round_codes, to_real
 from kdlsq_fx.scale_init import Summary, initial_offset
@@ -61,6 +63,12 @@ class _LsqFunction(torch.autograd.Function):
         return grad_x, grad_step, grad_beta, None, None, None, None
 
 
+def _ends(qmin: int, qmax: int, dtype: torch.dtype) -> tuple[float, float]:
+    """|x| <= alpha with its ends: |x| = alpha may come out an ulp beyond qmax."""
+    low, high = (v * (1 + 4 * torch.finfo(dtype).eps) for v in (qmin or -1e-30, qmax))
+    return low, high
+
+
 class _KdlsqFunction(torch.autograd.Function):
     """The released KDLSQ code's quantizer; papers.md 1.3. No gradient scale."""
 
@@ -76,8 +84,7 @@ class _KdlsqFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha = ctx.saved_tensors
         ratio = torch.div(x, along(alpha / ctx.qmax, x.ndim))
-        # |x| <= alpha with its ends: |x| = alpha may come out an ulp beyond qmax
-        low, high = (v * (1 + 4 * torch.finfo(x.dtype).eps) for v in (ctx.qmin or -1e-30, ctx.qmax))
+        low, high = _ends(ctx.qmin, ctx.qmax, x.dtype)
         grad_x = _inside(grad, ratio, low, high) if ctx.clip_gradient else grad
         grad_alpha = None
         if ctx.needs_input_grad[1]:
@@ -95,6 +102,11 @@ class LsqStep(Lsq):
     scale per channel), or the mean number of features per sample that calibration saw, the batch left out: fixed from
     then on, so that a gradient does not depend on how a batch is split or padded.
     """
+
+    @property
+    def grid(self) -> Grid:
+        low, high = self.qmin, self.qmax
+        return Grid(low, high, low, high, alpha=False, clip=True, rows=self.raw.numel() if self.raw.ndim else 0)
 
     def _gradient_scale(self) -> Tensor:
         return (self.features.clamp(min=1) * self.qmax).rsqrt()
@@ -117,6 +129,9 @@ class LsqPlus(LsqStep):
     def __init__(self, spec: QSpec, *, role: Role, channels: int | None = None, numel: int = 0, site: str = "") -> None:
         super().__init__(spec, role=role, channels=channels, numel=numel, site=site)
         self.offset = nn.Parameter(torch.zeros(())) if role == "act" else None
+
+    def _offset(self) -> Tensor | None:
+        return self.offset
 
     def _zero(self, step: Tensor) -> Tensor | int:
         """The zero point as a 0-d float tensor (no transfer from a GPU), or 0 for weights."""
@@ -160,6 +175,16 @@ class Kdlsq(Lsq):
     [0, alpha], with no gradient below.
     """
 
+    @property
+    def grid(self) -> Grid:
+        low, high = _ends(self.qmin, self.qmax, self.raw.dtype)
+        rows = self.raw.numel() if self.raw.ndim else 0
+        return Grid(self.qmin, self.qmax, low, high, alpha=True, clip=self.role == "act", rows=rows)
+
+    @property
+    def parts(self) -> fused.Parts:
+        return self.raw, self.floor, self.qmax
+
     def _step(self, raw: Tensor) -> Tensor:
         return raw / self.qmax
 
@@ -201,8 +226,27 @@ class _RoundToGrid(torch.autograd.Function):
         return grad, None
 
 
+class _FusedGrid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class BiasGrid(nn.Module):
     """A bias [C] on the grid of its product, ``s = s_x * s_w`` (0-d or [C]): int32 codes, straight-through gradient."""
+
+    def between(self, bias: Tensor, x: Lsq, w: Lsq) -> Tensor:
+        """:meth:`forward` with the scales of two quantizers; one kernel in training on a GPU."""
+        rounded = fused.bias_grid(bias.detach(), x.parts, w.parts) if x.training else None
+        if rounded is None:
+            return self(bias, x.scale.detach(), w.scale.detach())
+        out: Tensor = _FusedGrid.apply(bias, rounded)
+        return out
 
     def forward(self, bias: Tensor, x_scale: Tensor, w_scale: Tensor) -> Tensor:
         out: Tensor = _RoundToGrid.apply(bias, (x_scale * w_scale).detach())

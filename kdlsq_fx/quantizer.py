@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kdlsq_fx import fused
 from kdlsq_fx.errors import CalibrationError, ConfigError
+from kdlsq_fx.fused_grid import Grid
 from kdlsq_fx.observer import Observer
 from kdlsq_fx.qconfig import QSpec
 from kdlsq_fx.scale_init import Summary, initial_step
@@ -202,8 +204,30 @@ class Lsq(nn.Module):
             return x
         self.check_ready()
         if self.training:
+            out = self._fused(x)
+            if out is not None:
+                return out
             self._project()
         return self._fake_quantize(x.to(self.raw.dtype))
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """:meth:`_project` and :meth:`_fake_quantize` in one pass over ``x``, or None where no kernel serves."""
+        if self.grid is None:
+            return None
+        return fused.fake_quantize(x, self.raw, self.floor, self._offset(), self.features, self.grid)
+
+    @property
+    def grid(self) -> Grid | None:
+        """What a fused kernel needs to know; None where there is none for this quantizer."""
+        return None
+
+    def _offset(self) -> Tensor | None:
+        return None
+
+    @property
+    def parts(self) -> fused.Parts:
+        """What the scale is made of: raw, floor, and qmax where raw is a clip value, else 0."""
+        return self.raw, self.floor, 0
 
     @torch.no_grad()
     def _project(self) -> None:

@@ -21,7 +21,7 @@ def bias_grid(bias: torch.Tensor, x_lsq: Lsq, w_lsq: Lsq) -> torch.Tensor:
     """
     if x_lsq.observing:
         return bias  # its scale is what calibration is about to find
-    return _GRID(bias, x_lsq.scale.detach(), w_lsq.scale.detach())
+    return _GRID.between(bias, x_lsq, w_lsq)
 
 
 BIAS_GRID = declare(Op(name="bias_grid", target=bias_grid, sig="bias, float, float -> bias"))
