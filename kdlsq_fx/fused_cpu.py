@@ -32,14 +32,16 @@ class _Layout(ctypes.Structure):
 
 
 class _Grid(ctypes.Structure):
-    _fields_ = [(k, ctypes.c_double) for k in ("qmin", "qmax", "low", "high")] + [
-        (k, ctypes.c_int64) for k in ("alpha", "per_row", "threads")
+    _fields_ = [
+        *((k, ctypes.c_double) for k in ("qmin", "qmax", "low", "high")),
+        *((k, ctypes.c_int64) for k in ("alpha", "per_row", "threads")),
     ]
 
 
 class _Squares(ctypes.Structure):
-    _fields_ = [("n", ctypes.c_int64 * 4), ("k", ctypes.c_int64 * 4), ("floored", ctypes.c_int64)] + [
-        ("threads", ctypes.c_int64),
+    _fields_ = [
+        *((k, ctypes.c_int64 * 4) for k in ("n", "k")),
+        *((k, ctypes.c_int64) for k in ("floored", "threads")),
         ("floor", ctypes.c_float),
     ]
 

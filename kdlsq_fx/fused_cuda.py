@@ -4,6 +4,7 @@ The arithmetic is quantizer.py's and lsq.py's in float32, with correctly rounded
 a run repeats itself bit for bit.
 """
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
 import torch

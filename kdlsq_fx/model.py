@@ -55,7 +55,7 @@ class QuantModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        held = next(self.parameters(), None)
+        held: torch.Tensor | None = next(self.parameters(), None)
         held = next(self.buffers(), None) if held is None else held
         return torch.device("cpu") if held is None else held.device
 
