@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdlsq_fx import kg_cli
 from kdlsq_fx.errors import CheckpointError, ConfigError, InputError, KdlsqError
 
 TARGETS = ("ort-cpu", "spec", "integer")  # those of backends/onnx_dialects.py, which takes long to import
@@ -94,6 +95,7 @@ def _train(commands: Any) -> None:
     p.add_argument("--max-length", type=_at_least(4), help="tokens of a row (by task: 64 for sst2 and cola, else 128)")
     p.add_argument("--seed", type=_at_least(0), default=42, help="of the order of rows, a new head, dropout")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the matrix products in training")
+    kg_cli.add_train_options(p)
     p.add_argument("--no-teacher", action="store_true", help="train on the labels alone (plain QAT)")
     p.add_argument("--gold", action="store_true", help="add the labels' own loss to the distillation")
     p.add_argument("--target", default="ort-cpu", choices=TARGETS, help="what the ONNX file is for")
@@ -102,7 +104,7 @@ def _train(commands: Any) -> None:
 def run_train(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from kdlsq_fx import data, job, opening
+    from kdlsq_fx import job, opening
     from kdlsq_fx.files import belongs_to, make_folder, write_atomic
     from kdlsq_fx.qconfig import resolve
 
@@ -114,7 +116,7 @@ def run_train(args: argparse.Namespace) -> int:
     make_folder(args.out)  # a wrong name was said before any work
     source = opening.model_source(args.teacher if args.teacher and args.model == "minilm" else args.model)
     tokenizer = opening.load_tokenizer(source)
-    dataset = data.load(args.data, tokenizer, max_length=args.max_length)
+    dataset, measure, figures = kg_cli.load(args, tokenizer)
     say(f"{dataset.task.name}: {len(dataset.train)} rows of train, {len(dataset.dev)} of dev")
     shared = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.precision}
     fp32 = job.Settings(epochs=args.fp32_epochs, lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared)
@@ -128,18 +130,19 @@ def run_train(args: argparse.Namespace) -> int:
     recipe = job.Recipe(settings=settings, teacher=not args.no_teacher, gold=args.gold)
     kept = args.out / "fp32" if args.teacher is None else Path(args.teacher)
     size = job.weight_bytes(kept if kept.is_dir() else Path(source))
-    rows = [job.measure("fp32", "fp32", teacher, dataset, size=size)]
+    rows = [measure("fp32", "fp32", teacher, dataset, size=size)]
     say(f"fp32 {rows[0].scores['headline']:.2f}")
     for name, qconfig in chosen.items():
         own = None if name in args.qconfig else qconfig  # a preset by its name, or rules from a file
         mine = {"recipe": asdict(recipe), "teacher": args.teacher, "target": args.target, "qconfig": qconfig.to_dict()}
         belongs_to(make_folder(args.out / name), mine)
         for row in job.preset_rows(
-            start, teacher, dataset, tokenizer, name, out=args.out, recipe=recipe, target=args.target, qconfig=own
-        ):
+            start, teacher, dataset, tokenizer, name, out=args.out, recipe=recipe, target=args.target, qconfig=own,
+            skip=kg_cli.skipped(args), measure=measure,
+        ):  # fmt: skip
             say(f"{row.preset} {row.model} {row.scores['headline']:.2f}")
             rows.append(row)
-    text = job.table(dataset.task, rows)
+    text = job.table(dataset.task, rows, figures)
     print(text)
     write_atomic(args.out / "table.md", lambda path: _write(path, text + "\n"))
     write_atomic(args.out / "table.json", lambda path: _write(path, job.rows_json(dataset, rows)))
@@ -186,7 +189,8 @@ def _eval(commands: Any) -> None:
     p = _command(commands, "eval", run_eval, "score a folder (fp32, qat or int) or an ONNX file on a data set")
     p.add_argument("model", type=Path, help="folder or .onnx file")
     p.add_argument("--data", required=True, help=DATA_HELP)
-    p.add_argument("--split", choices=("dev", "train"), default="dev", help="which rows")
+    kg_cli.add_options(p)
+    p.add_argument("--split", choices=("dev", "train", "test"), default="dev", help="which rows")
     p.add_argument("--tokenizer", help="folder with the tokenizer (default: the model's folder or one beside it)")
     p.add_argument("--backend", default="reference", help="what runs an int folder: reference or torch")
     p.add_argument("--batch-size", type=_at_least(1), default=64, help="rows of a batch")
@@ -195,19 +199,24 @@ def _eval(commands: Any) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> int:
+    if args.task:
+        return kg_cli.run_eval(args)
     import json
 
-    from kdlsq_fx import data, metrics, opening
+    from kdlsq_fx import job, metrics, opening
     from kdlsq_fx.evaluation import evaluate
     from kdlsq_fx.files import write_atomic
 
     folder = args.tokenizer or find_tokenizer(args.model)
-    dataset = data.load(args.data, opening.load_tokenizer(str(folder)), max_length=args.max_length)
+    if args.split == "test":
+        raise InputError("only graphs (--task) have a test split here", where="--split", do="use dev or train")
+    dataset, _, _ = kg_cli.load(args, opening.load_tokenizer(str(folder)))
     split = dataset.dev if args.split == "dev" else dataset.train
     model = opening.open_model(args.model, dataset.task, backend=args.backend)
     if split.labels is None:
         raise InputError("the rows have no labels", where=args.data, do="add a column label or score")
-    logits = evaluate(model, split, batch_size=args.batch_size)
+    with job.on_device(model, dataset.device):
+        logits = evaluate(model, split, batch_size=args.batch_size)
     guess = metrics.predictions(dataset.task, logits)
     scores = metrics.score(dataset.task, guess, split.labels)
     for name in (*metrics.HEADLINES[dataset.task.metric], "headline"):

@@ -136,11 +136,12 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A task with its tokenized train and dev splits."""
+    """A task with its tokenized train and dev splits; ``device``: where models are trained on it."""
 
     task: Task
-    train: Encoded
+    train: Any  # Encoded, or another train.Source with ``sample``
     dev: Encoded
+    device: str = "cpu"
 
 
 def load(source: str | Path, tokenizer: Any, *, max_length: int | None = None) -> Dataset:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,9 @@ def fine_tune(
     folder = out / "fp32"
     if (folder / "model.safetensors").is_file():
         return load_classifier(str(folder), dataset.task, seed=settings.seed).eval()
-    model = load_classifier(source, dataset.task, seed=settings.seed)
+    model = load_classifier(source, dataset.task, seed=settings.seed).to(dataset.device)
     fit(model, dataset.train, out_dir=out / "fp32-run", title=f"fp32 {dataset.task.name}", **vars(settings))
-    model.eval()
+    model.eval().cpu()
     model.save_pretrained(folder)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
     drop_state(out / "fp32-run")
@@ -113,9 +114,11 @@ def student(
     if recipe.teacher:
         weights: dict[str, Any] = {"gold": 1.0 if recipe.gold else 0.0, **(recipe.distil or {})}
         loop = distill(qat, teacher, **weights)
+    loop.to(dataset.device)
     groups = param_groups(loop, lr=settings.lr, **(recipe.scales or {}))
     title = f"{preset} {dataset.task.name}"
     done = fit(loop, dataset.train, out_dir=out / preset / "run", groups=groups, title=title, **vars(settings))
+    loop.cpu()
     qat.eval()
     qat.save_pretrained(folder, tokenizer)
     drop_state(out / preset / "run")
@@ -193,6 +196,19 @@ def onnx_file(qat: Any, *, out: Path, preset: str, target: str = "ort-cpu") -> P
     return path
 
 
+@contextmanager
+def on_device(model: Any, device: str) -> Iterator[None]:
+    """A float or qat module on the device, and back on the CPU afterwards. Integer models and ONNX files stay there."""
+    moved = isinstance(model, torch.nn.Module) and getattr(model, "backend", None) is None
+    if moved:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if moved:
+            model.cpu()
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table: a model on all of dev. ``scores`` in points (metrics.score); ``size`` in bytes, of the
@@ -211,10 +227,14 @@ def measure(name: str, preset: str, model: Any, dataset: kd_data.Dataset, *, siz
     """Run a model over all of dev and score it."""
     labels = dataset.dev.labels if dataset.dev.labels is not None else np.zeros(0)
     began = time.monotonic()
-    logits = evaluate(model, dataset.dev, title=f"eval {name}")
+    with on_device(model, dataset.device):
+        logits = evaluate(model, dataset.dev, title=f"eval {name}")
     seconds = time.monotonic() - began
     guess = metrics.predictions(dataset.task, logits)
     return Row(name, preset, metrics.score(dataset.task, guess, labels), size, seconds, guess.tolist(), labels.tolist())
+
+
+Measure = Callable[..., Row]
 
 
 def agreement(task: kd_data.Task, a: Row, b: Row) -> float:
@@ -241,10 +261,11 @@ def preset_rows(
     target: str = "ort-cpu",
     skip: Container[str] = (),
     qconfig: QConfig | None = None,
+    measure: Measure = measure,
 ) -> Iterator[Row]:
     """Min-max PTQ, the student, its integer form and its ONNX file, each measured as soon as it is there. Rows named
     in ``skip`` are not measured again (a student is still loaded where a later row needs it). ``qconfig``: rules of
-    the user's own; ``preset`` is then their name."""
+    the user's own; ``preset`` is then their name. ``measure``: what makes a row, where it is not accuracy."""
     if "min-max PTQ" not in skip:
         ptq = (preset if qconfig else preset.partition("-")[0]) + "-minmax"
         made = calibrated(start, dataset, minmax(qconfig) if qconfig else ptq, recipe.settings)
@@ -260,18 +281,18 @@ def preset_rows(
         yield measure("ONNX", preset, path, dataset, size=weight_bytes(path))
 
 
-def table(task: kd_data.Task, rows: list[Row]) -> str:
+def table(task: kd_data.Task, rows: list[Row], names: tuple[str, ...] = ()) -> str:
     """Markdown, one line a model; figures in points with their standard errors; the share of rows predicted as the
-    student of the same preset predicts them."""
-    names = list(metrics.HEADLINES[task.metric])
+    student of the same preset predicts them. ``names``: the figures (those of the task's metric)."""
+    names = names or (*metrics.HEADLINES[task.metric], "headline")
     lines = [
-        f"| model | preset | {' | '.join(names)} | headline | same as student | MB | s |",
-        "|---" * (6 + len(names)) + "|",
+        f"| model | preset | {' | '.join(names)} | same as student | MB | s |",
+        "|---" * (5 + len(names)) + "|",
     ]
     for row in rows:
         base = next((r for r in rows if r.model == "student (qat)" and r.preset == row.preset), None)
         same = f"{100 * agreement(task, row, base):.2f} %" if base is not None else ""
-        cells = [f"{row.scores[n]:.1f} ± {row.scores[n + '_se']:.1f}" for n in (*names, "headline")]
+        cells = [f"{row.scores[n]:.1f} ± {row.scores[n + '_se']:.1f}" for n in names]
         size = f"{row.size / 1e6:.1f}" if row.size else ""
         lines.append(f"| {row.model} | {row.preset} | {' | '.join(cells)} | {same} | {size} | {row.seconds:.1f} |")
     return "\n".join(lines)

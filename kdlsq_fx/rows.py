@@ -64,14 +64,19 @@ def find_split(folder: Path, split: str) -> Path:
 
 def read_file(path: Path) -> Rows:
     """One TSV or JSONL file, gzipped or not; nothing is quoted, a ``"`` is a plain character."""
+    lines = read_lines(path)
+    rows = parse_json(lines, path) if ".jsonl" in path.suffixes else parse_tsv(lines, path)
+    return to_rows(rows, str(path))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file, gzipped or not; InputError where it cannot be read."""
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         raise InputError(f"cannot be read ({e})", where=str(path), do="check that it is whole, and UTF-8 text") from e
-    lines = [line.rstrip("\r") for line in text.split("\n")]  # not splitlines: a form feed is a plain character
-    rows = parse_json(lines, path) if ".jsonl" in path.suffixes else parse_tsv(lines, path)
-    return to_rows(rows, str(path))
+    return [line.rstrip("\r") for line in text.split("\n")]  # not splitlines: a form feed is a plain character
 
 
 def parse_tsv(lines: list[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,0 +1,85 @@
+"""What the command line adds for knowledge graphs: ``train --task kg-links`` and ``eval --task kg-links``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from kdlsq_fx.errors import ConfigError
+
+TASKS = ("kg-triples", "kg-links", "kg-relations")
+FORMS = {"ptq": "min-max PTQ", "qat": "student (qat)", "int": "integer", "onnx": "ONNX"}  # the rows of job.preset_rows
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """Options of a task on a knowledge graph, for `train` and `eval`."""
+    p.add_argument("--task", choices=TASKS, help="of a knowledge graph: --data is then a folder in KG-BERT's layout")
+    p.add_argument("--long-texts", action="store_true", help="entity2textlong in place of entity2text (graphs)")
+    p.add_argument("--device", default="cpu", help="cpu, cuda or auto: where float and qat models run")
+
+
+def add_train_options(p: argparse.ArgumentParser) -> None:
+    add_options(p)
+    p.add_argument("--negatives", type=int, help="false triples per true one (kg-triples: 1, kg-links: 5)")
+    p.add_argument("--fresh-negatives", dest="fresh", action="store_true", help="draw them anew in every epoch")
+    text = "models measured beside fp32 (all; kg-links: qat and onnx, for NumPy ranks slowly)"
+    p.add_argument("--forms", nargs="+", choices=tuple(FORMS), help=text)
+
+
+def device_of(name: str) -> str:
+    """``auto`` is cuda where there is one."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        what = str(e).splitlines()[0]
+        raise ConfigError(f"cannot be used ({what})", where=f"--device {name}", do="use auto or cpu") from e
+    return name
+
+
+def skipped(args: argparse.Namespace) -> tuple[str, ...]:
+    """Names of the rows that are not measured."""
+    wanted = args.forms or (("qat", "onnx") if args.task == "kg-links" else tuple(FORMS))
+    return tuple(name for form, name in FORMS.items() if form not in wanted)
+
+
+def load(args: argparse.Namespace, tokenizer: Any, **fields: Any) -> tuple[Any, Any, tuple[str, ...]]:
+    """The data set that the options of `train` or `eval` name, of a graph's task or in GLUE's layout; what makes a row
+    of its table; and the names of its figures (none: those of its metric)."""
+    from dataclasses import replace
+
+    from kdlsq_fx import cli, data, job, kg_job
+
+    device = device_of(args.device)
+    if args.task is None:
+        dataset = data.load(args.data, tokenizer, max_length=args.max_length)
+        return replace(dataset, device=device), job.measure, ()
+    names = ("max_length", "long_texts", "seed", "negatives", "fresh", "split")
+    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    if args.command == "train":
+        fields["states"] = args.out / "ranking"
+    found = kg_job.load(args.data, tokenizer, args.task, device=device, **options, **fields)
+    for note in kg_job.notes(found):
+        cli.say(note)
+    return found, kg_job.measure, kg_job.figures(args.task)
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """`eval --task`: the figures of one model; a ranking is kept beside ``--out`` and goes on when it was stopped."""
+    from kdlsq_fx import cli, metrics, opening
+    from kdlsq_fx.files import write_json
+
+    tokenizer = opening.load_tokenizer(str(args.tokenizer or cli.find_tokenizer(args.model)))
+    states = args.out.with_name(args.out.name + ".ranks") if args.out else None
+    dataset, measure, figures = load(args, tokenizer, batch_size=args.batch_size, states=states)
+    model = opening.open_model(args.model, dataset.task, backend=args.backend)
+    row = measure(args.model.stem, "eval", model, dataset)
+    for name in figures or (*metrics.HEADLINES[dataset.task.metric], "headline"):
+        print(f"{name}\t{row.scores[name]:.2f} ± {row.scores[name + '_se']:.2f}")
+    if args.out:
+        write_json(Path(args.out), {"rows": len(dataset.dev), "scores": row.scores, "predictions": row.predictions})
+    return 0

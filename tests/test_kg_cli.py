@@ -1,0 +1,78 @@
+"""Knowledge graphs on the command line: the whole job on a tiny graph, by every form of the model, and its errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_glue import write_model
+from tiny_graph import write_graph
+
+from kdlsq_fx.cli import main
+
+QUICK = ["--fp32-epochs", "4", "--fp32-lr", "1e-2", "--epochs", "1", "--lr", "1e-3", "--qconfig", "W8E8A8"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("kg")
+    write_graph(made / "graph", labelled=True)
+    write_model(made / "model")
+    return made
+
+
+def train(home: Path, task: str, *more: str) -> int:
+    out = str(home / task)
+    where = ["--data", str(home / "graph"), "--model", str(home / "model"), "--out", out]
+    return main(["train", "--task", task, *where, *QUICK, *more])
+
+
+def test_links_by_every_form(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(home, "kg-links", "--forms", "qat", "int", "onnx") == 0
+    table = capsys.readouterr().out
+    assert "| MR | MRR | Hits@1 | Hits@3 | Hits@10 |" in table
+    rows = {r["model"]: r for r in json.loads((home / "kg-links" / "table.json").read_text())["rows"]}
+    assert set(rows) == {"fp32", "student (qat)", "integer", "ONNX"}
+    assert rows["fp32"]["scores"]["MR"] < 9  # chance: the middle of 14 candidates and more
+    for form in ("integer", "ONNX"):
+        assert abs(rows[form]["scores"]["MR"] - rows["student (qat)"]["scores"]["MR"]) < 0.3
+    assert len(list((home / "kg-links" / "ranking").iterdir())) == 4
+    (home / "kg-links" / "table.md").unlink()
+    assert train(home, "kg-links", "--forms", "qat", "int", "onnx") == 0  # all of it is there: the same table
+    assert capsys.readouterr().out == table
+    out = home / "eval.json"
+    for path in ("fp32", "W8E8A8/qat", "W8E8A8/int", "W8E8A8/model.onnx"):
+        out.unlink(missing_ok=True)
+        [p.unlink() for p in home.glob("eval.json.ranks/*")]
+        args = ["eval", str(home / "kg-links" / path), "--task", "kg-links", "--data", str(home / "graph")]
+        assert main([*args, "--out", str(out), "--split", "test"]) == 0
+        assert capsys.readouterr().out.startswith("MR\t") and len(json.loads(out.read_text())["predictions"]) == 40
+
+
+@pytest.mark.parametrize("task", ["kg-triples", "kg-relations"])
+def test_other_tasks(home: Path, task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(home, task, "--forms", "qat", "onnx") == 0
+    rows = json.loads((home / task / "table.json").read_text())["rows"]
+    assert [r["model"] for r in rows] == ["fp32", "student (qat)", "ONNX"]
+    assert rows[0]["scores"]["headline"] > 50
+    model = str(home / task / "W8E8A8" / "qat")
+    assert main(["eval", model, "--task", task, "--data", str(home / "graph")]) == 0
+    name = "accuracy" if task == "kg-triples" else "Hits@1"
+    assert f"{name}\t{rows[1]['scores'][name]:.2f}" in capsys.readouterr().out
+
+
+def test_bad_calls(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = write_graph(home / "bad")
+    with (bad / "dev.tsv").open("a") as file:
+        file.write("good0\tvery\tghost\n")
+    assert main(["train", "--task", "kg-links", "--data", str(bad), "--model", str(home / "model"),
+                 "--out", str(home / "bad-out")]) == 1  # fmt: skip
+    assert "unknown entity 'ghost' [at" in capsys.readouterr().err
+    where = ["--data", str(home / "graph"), "--model", str(home / "model"), "--out", str(home / "bad-out")]
+    assert main(["train", "--task", "kg-links", *where, "--device", "nonsense"]) == 1
+    assert "--device nonsense" in capsys.readouterr().err
+    assert main(["eval", str(home / "model"), "--data", str(home / "graph"), "--split", "test"]) == 1
+    assert "only graphs" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "--task", "kg-nothing", *where])
