@@ -27,8 +27,8 @@ class Progress:
         self.ranks = np.full((triples, 2), np.nan)
         self.question = 0
         self.scores = np.zeros(0, dtype=np.float32)
-        self.before, self.began = 0.0, time.monotonic()
-        self.saved = self.began
+        self.before, self.began = 0.0, 0.0
+        self.saved = time.monotonic()
         if path is not None and path.exists():
             self._read(path)
 
@@ -44,10 +44,11 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        return self.before + time.monotonic() - self.began
+        return self.before + (time.monotonic() - self.began if self.began else 0.0)
 
     def begin(self, sequences: int) -> np.ndarray:
         """The scores float32 [sequences] of the next questions, NaN where they are not there yet."""
+        self.began = self.began or time.monotonic()
         if len(self.scores) != sequences:
             self.scores = np.full(sequences, np.nan, dtype=np.float32)
         return self.scores

@@ -6,19 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_glue import write_model
+from tiny_glue import bert, tokenizer
 from tiny_graph import write_graph
 
 from kdlsq_fx.cli import main
 
-QUICK = ["--fp32-epochs", "4", "--fp32-lr", "1e-2", "--epochs", "1", "--lr", "1e-3", "--qconfig", "W8E8A8"]
+QUICK = ["--fp32-epochs", "12", "--fp32-lr", "3e-3", "--batch-size", "8", "--epochs", "1", "--lr", "1e-3", "--qconfig", "W8E8A8"]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("kg")
     write_graph(made / "graph", labelled=True)
-    write_model(made / "model")
+    bert().bert.save_pretrained(made / "model")  # the encoder alone: its head is trained
+    tokenizer().save_pretrained(made / "model")
     return made
 
 
@@ -34,7 +35,7 @@ def test_links_by_every_form(home: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "| MR | MRR | Hits@1 | Hits@3 | Hits@10 |" in table
     rows = {r["model"]: r for r in json.loads((home / "kg-links" / "table.json").read_text())["rows"]}
     assert set(rows) == {"fp32", "student (qat)", "integer", "ONNX"}
-    assert rows["fp32"]["scores"]["MR"] < 9  # chance: the middle of 14 candidates and more
+    assert rows["fp32"]["scores"]["MR"] < 5  # chance is 6.5 and more: 10 candidates or more are false
     for form in ("integer", "ONNX"):
         assert abs(rows[form]["scores"]["MR"] - rows["student (qat)"]["scores"]["MR"]) < 0.3
     assert len(list((home / "kg-links" / "ranking").iterdir())) == 4
@@ -55,7 +56,7 @@ def test_other_tasks(home: Path, task: str, capsys: pytest.CaptureFixture[str]) 
     assert train(home, task, "--forms", "qat", "onnx") == 0
     rows = json.loads((home / task / "table.json").read_text())["rows"]
     assert [r["model"] for r in rows] == ["fp32", "student (qat)", "ONNX"]
-    assert rows[0]["scores"]["headline"] > 50
+    assert rows[0]["scores"]["accuracy" if task == "kg-triples" else "Hits@1"] > 60
     model = str(home / task / "W8E8A8" / "qat")
     assert main(["eval", model, "--task", task, "--data", str(home / "graph")]) == 0
     name = "accuracy" if task == "kg-triples" else "Hits@1"

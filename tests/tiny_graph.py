@@ -1,4 +1,4 @@
-"""A knowledge graph that a tiny model can learn: who is good likes whom is good."""
+"""A knowledge graph that a tiny model can learn: heads are good, tails are good (`very`) or bad (`not`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from tiny_glue import BAD, GOOD
 
 
 def write_graph(folder: Path, *, header: bool = True, labelled: bool = False, seed: int = 0) -> Path:
-    """20 entities of two words, relations `very` (both good or both bad) and `not` (one of each); 70 % of what is true
-    in train. ``labelled``: dev has a false triple (-1) behind each true one."""
+    """20 entities of two words, 190 true triples, 70 % of them in train. ``labelled``: dev and test have a false
+    triple (-1), by another head, behind each true one."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     entities = {
@@ -18,7 +18,8 @@ def write_graph(folder: Path, *, header: bool = True, labelled: bool = False, se
     }
     names = list(entities)
     every = [(h, r, t) for h in names for t in names for r in ("very", "not") if h != t]
-    true = [x for x in every if (x[0][:-1] == x[2][:-1]) == (x[1] == "very")]
+    good = names[:10]
+    true = [x for x in every if x[0] in good and (x[2] in good) == (x[1] == "very")]
     rng.shuffle(true)
     cut = int(len(true) * 0.7)
     parts = {"train": true[:cut], "dev": true[cut : cut + 30], "test": true[cut + 30 : cut + 50]}
@@ -27,7 +28,8 @@ def write_graph(folder: Path, *, header: bool = True, labelled: bool = False, se
         for h, r, t in triples:
             lines.append(f"{h}\t{r}\t{t}" + "\t1" * labelled)
             if labelled and split != "train":
-                lines.append(f"{h}\t{r}\t{rng.choice([e for e in names if (h, r, e) not in true and e != h])}\t-1")
+                other = rng.choice([e for e in names if (e, r, t) not in true and e != t])
+                lines.append(f"{other}\t{r}\t{t}\t-1")
         (folder / f"{split}.tsv").write_text("\n".join(dict.fromkeys(lines)) + "\n", encoding="utf-8")
     texts = {"entity": entities, "relation": {"very": "very", "not": "not the"}}
     for kind, found in texts.items():
