@@ -11,7 +11,20 @@ from tiny_graph import write_graph
 
 from kdlsq_fx.cli import main
 
-QUICK = ["--fp32-epochs", "12", "--fp32-lr", "3e-3", "--batch-size", "8", "--epochs", "1", "--lr", "1e-3", "--qconfig", "W8E8A8"]
+QUICK = [
+    "--fp32-epochs",
+    "12",
+    "--fp32-lr",
+    "3e-3",
+    "--batch-size",
+    "8",
+    "--epochs",
+    "1",
+    "--lr",
+    "1e-3",
+    "--qconfig",
+    "W8E8A8",
+]
 
 
 @pytest.fixture(scope="module")
