@@ -259,7 +259,7 @@ def table(task: str, runs: dict[Any, Any]) -> list[str]:
 
 def versus(task: str, row: dict[str, Any], fp32: dict[str, Any] | None) -> str:
     """The difference to fp32 on the same triples: Hits@10 with its paired error; of accuracies the plain one."""
-    if fp32 is None or row is fp32:
+    if fp32 is None or row is fp32 or len(row["predictions"]) != len(fp32["predictions"]):  # a trial on fewer triples
         return "–"
     a, b = (np.asarray(r["predictions"]) for r in (row, fp32))
     if task == "wn11":
