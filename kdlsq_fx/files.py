@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import CheckpointError, ConfigError
+from .packing import pack
+from .run_int import ProgramError, unpack
 
 FORMAT = 1
 INFO = "kdlsq.json"
@@ -92,10 +94,14 @@ def belongs_to(folder: Path, options: Mapping[str, Any], name: str = "settings.j
     write_json(path, mine)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """safetensors, each storage once; names that share one are kept in the header's alias table."""
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, packed: bool = False) -> None:
+    """safetensors, each storage once; names that share one are kept in the header's alias table.
+
+    ``packed``: codes of 7 bits and less are stored as dense bytes (docs/integer_format.md).
+    """
     kept: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
+    rows: dict[str, Any] = {}
     seen: dict[tuple[Any, ...], str] = {}
     for name, tensor in tensors.items():
         value = tensor.detach()
@@ -105,11 +111,14 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             continue
         seen[key] = name
         kept[name] = value.contiguous().clone() if not value.is_contiguous() else value
-    write_atomic(path, lambda tmp: save_file(kept, tmp, metadata={"aliases": json.dumps(aliases)}))
+        if packed and (dense := pack(kept[name].cpu().numpy())) is not None:
+            kept[name], rows[name] = torch.from_numpy(dense[0]), dense[1]
+    layout = json.dumps({"aliases": aliases, "packed": rows})  # one entry: safetensors writes several in any order
+    write_atomic(path, lambda tmp: save_file(kept, tmp, metadata={"layout": layout}))
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file, aliases resolved; CheckpointError when it is absent, truncated or no safetensors."""
+    """All tensors of a file, unpacked, aliases resolved; CheckpointError when it is absent, truncated or damaged."""
     from safetensors import safe_open
 
     if not path.exists():
@@ -117,11 +126,13 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = load_file(path)
         with safe_open(path, framework="pt") as file:
-            aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
-    except (SafetensorError, OSError, ValueError) as err:
-        raise CheckpointError(
-            f"{path} is damaged: {err}", do="copy the file again; it is truncated or no safetensors"
-        ) from None
-    for name, source in aliases.items():
-        tensors[name] = tensors[source]
+            layout = json.loads((file.metadata() or {}).get("layout", "{}"))
+        for name, row in layout.get("packed", {}).items():
+            tensors[name] = torch.from_numpy(unpack(tensors[name].numpy(), name, **row))
+        for name, source in layout.get("aliases", {}).items():
+            tensors[name] = tensors[source]
+    except (SafetensorError, ProgramError, OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        what = repr(err) if isinstance(err, (KeyError, TypeError, AttributeError)) else str(err)
+        do = "copy the file again; it is truncated or no safetensors of ours"
+        raise CheckpointError(f"{path} is damaged: {what}", do=do) from None
     return tensors

@@ -22,8 +22,8 @@ from .graph import fetch, output_args, put, site_of
 from .lowering import Island
 from .op import BY_NAME, op_of
 from .program_types import Symbols, input_row, is_integer_only, output_row, type_of
+from .run_int import FORMAT
 
-FORMAT = 2  # 1 had no types and no rows for inputs and outputs
 PROGRAM = "program.json"
 DAMAGED = "copy the folder again"
 
@@ -41,7 +41,7 @@ def save_program(gm: fx.GraphModule, path: str | Path, output_names: Sequence[st
     names = output_names if len(output_names) == len(results) else [f"output_{i}" for i in range(len(results))]
     folder = make_folder(path)
     targets = [str(n.target) for n in gm.graph.find_nodes(op="get_attr")]
-    write_tensors(folder / WEIGHTS, {t: fetch(gm, t) for t in dict.fromkeys(targets)})
+    write_tensors(folder / WEIGHTS, {t: fetch(gm, t) for t in dict.fromkeys(targets)}, packed=True)
     program = {
         "format": FORMAT,
         "stage": gm.meta.get("stage", "int"),
@@ -68,13 +68,16 @@ def _text(program: dict[str, Any]) -> str:
 def load_program(path: str | Path) -> fx.GraphModule:
     """The GraphModule that :func:`save_program` wrote, with its sites and islands.
 
-    CheckpointError for files that are absent, truncated, of a later format, of another program, or that name an op
+    CheckpointError for files that are absent, truncated, of another format, of another program, or that name an op
     this version does not know.
     """
     from . import ops  # noqa: F401  (fills the op table)
 
     folder = Path(path)
     program = read_json(folder / PROGRAM, newest=FORMAT)
+    if program.get("format") != FORMAT:
+        what = f"{folder / PROGRAM} has format {program.get('format')}, this version of kdlsq_fx reads {FORMAT} only"
+        raise CheckpointError(what, do="convert the model again, from its qat folder")
     tensors = read_tensors(folder / WEIGHTS)
     try:
         wanted = program["constants"]["sha256"]
@@ -162,14 +165,11 @@ def _build(program: dict[str, Any], tensors: dict[str, torch.Tensor], where: str
         put(root, name, tensor)
     for row in program["nodes"]:
         nodes[row["name"]] = _read(graph, row, nodes, tensors, where)
-    outputs = program["outputs"]
-    if program["format"] > 1:
-        outputs = [row["value"] for row in outputs]
-    graph.output(_as_tuple(decode(outputs, nodes)))
+    graph.output(tuple(decode([row["value"] for row in program["outputs"]], nodes)))
     gm = fx.GraphModule(root, graph)
     gm.meta["stage"] = program["stage"]
     gm.meta["islands"] = tuple(Island(*row) for row in program["islands"])
-    gm.meta["integer_only"] = program["format"] > 1 and is_integer_only(gm)  # format 1 says no types
+    gm.meta["integer_only"] = is_integer_only(gm)
     return gm.eval()
 
 
@@ -194,10 +194,6 @@ def _read(
         node.meta["site"] = row["site"]
     node.meta["type"] = {key: row[key] for key in ("dtype", "shape", "parts") if key in row}
     return node
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def program_text(gm: fx.GraphModule) -> str:

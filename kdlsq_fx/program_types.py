@@ -81,7 +81,7 @@ def output_row(gm: fx.GraphModule, name: str, node: Any, symbols: Symbols) -> di
 
 def is_integer_only(gm: fx.GraphModule) -> bool:
     """True where run_int.py runs the program: integers all the way but for the ``dequantize`` of the results, ops that
-    it has, and a type known for every row (a program of format 1 has none)."""
+    it has, and a type known for every row."""
     rows = [n for n in gm.graph.nodes if n.op not in ("get_attr", "output")]
     ops = [op.name for n in rows if (op := op_of(n)) is not None]
     return not float_nodes(gm) and all(dtype_of(n) is not None for n in rows) and set(ops) <= OPS.keys()

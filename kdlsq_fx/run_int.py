@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import struct
 import sys
 import zipfile
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-FORMAT = 2  # of program.json
+FORMAT = 3  # of program.json
 INT32_MAX = 2**31 - 1
 Array = Any  # a NumPy array
 SiteHook = Callable[[str, Array], Any]
@@ -358,13 +359,64 @@ DTYPES = {
 }  # fmt: skip
 
 
+MOST_LEVELS = 128  # codes that span more than 7 bits are stored as they are
+BLOCK = 1 << 16  # words that stay in the cache while they are spread
+
+
+def five_a_byte(data: Array) -> Array:
+    """[n] bytes below 243 -> [5 * n] digits in base 3; the first code is the lowest digit."""
+    digits = np.arange(243)[:, None] // 3 ** np.arange(5) % 3
+    return digits.astype(np.uint8)[data].reshape(-1)
+
+
+def bits_a_code(data: Array, width: int) -> Array:
+    """[n] bytes, a stream of ``width``-bit codes that starts at the lowest bit of the first -> a byte for each code.
+
+    Eight codes take ``width`` bytes: those become one word of 64 bits, which is spread in three steps (halves, quarters,
+    single codes): in each, the upper half of the codes that still stand together moves up to where it belongs.
+    """
+    groups = -(-len(data) // width)
+    data = np.pad(data, (0, groups * width - len(data))) if len(data) % width else data
+    words = np.zeros(groups, "<u8")
+    for at in range(0, groups, BLOCK):
+        word = words[at : at + BLOCK]
+        word.view(np.uint8).reshape(-1, 8)[:, :width] = data[at * width : (at + BLOCK) * width].reshape(-1, width)
+        for codes in (4, 2, 1):
+            keep = np.uint64(sum(((1 << codes * width) - 1) << 16 * codes * k for k in range(4 // codes)))
+            upper = word >> np.uint64(codes * width) & keep
+            word &= keep
+            word |= upper << np.uint64(8 * codes)
+    return words.view(np.uint8)
+
+
+def unpack(data: Array, key: str, dtype: str, shape: Sequence[int], first: int, levels: int) -> Array:
+    """The bytes of a packed tensor -> its codes, which lie in first ... first + levels - 1."""
+    count, width = math.prod(shape), (levels - 1).bit_length()
+    limits = np.iinfo({"int8": np.int8, "uint8": np.uint8}[dtype])
+    if not (2 <= levels <= MOST_LEVELS and limits.min <= first and first + levels - 1 <= limits.max):
+        raise ProgramError(f"{key} is packed as {levels} levels from {first}, which {dtype} cannot be")
+    size = -(-count // 5) if levels == 3 else -(-count * width // 8)
+    if data.dtype != np.uint8 or data.shape != (size,):
+        raise ProgramError(f"{key}: {count} codes of {levels} levels take {size} bytes, not {data.dtype}{data.shape}")
+    if levels == 3 and (bad := data.max(initial=0)) > 242:
+        raise ProgramError(f"{key} is damaged: byte {np.argmax(data > 242)} is {bad}, five ternary codes reach 242")
+    codes = five_a_byte(data) if levels == 3 else bits_a_code(data, width)
+    if (bad := codes.max(initial=0)) >= levels:
+        raise ProgramError(f"{key} is damaged: code {np.argmax(codes >= levels)} is {bad} of {levels} levels")
+    if codes[count:].any():
+        raise ProgramError(f"{key} is damaged: the bits behind its last code are not zero")
+    codes = codes[:count]
+    codes += np.uint8(first % 256)  # wraps, as two's complement does
+    return codes.view(dtype).reshape(shape)
+
+
 def read_safetensors(data: bytes, name: str) -> dict[str, Array]:
     """8 bytes: length n of the header; n bytes: JSON; then the tensors, little-endian, at offsets from there."""
     if len(data) < 8 or (size := struct.unpack("<Q", data[:8])[0]) > len(data) - 8:
         raise ProgramError(f"{name} is truncated: its header does not fit into {len(data)} bytes")
     try:
         header = json.loads(data[8 : 8 + size])
-        aliases = json.loads(header.pop("__metadata__", {}).get("aliases", "{}"))
+        layout = json.loads(header.pop("__metadata__", {}).get("layout", "{}"))
         rows = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         body, at, tensors = data[8 + size :], 0, {}
         for key, row in rows:
@@ -374,7 +426,8 @@ def read_safetensors(data: bytes, name: str) -> dict[str, Array]:
                 raise ProgramError(f"{name} is truncated or damaged: bytes {begin} to {end} cannot hold {key}")
             tensors[key] = np.frombuffer(body, dtype, count, begin).reshape(row["shape"])
             at = end
-        tensors.update({alias: tensors[source] for alias, source in aliases.items()})
+        tensors.update({key: unpack(tensors[key], f"{name}: {key}", **row) for key, row in layout.get("packed", {}).items()})
+        tensors.update({alias: tensors[source] for alias, source in layout.get("aliases", {}).items()})
     except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise ProgramError(f"{name} is no safetensors file of integers: {err!r}") from None
     if at != len(body):

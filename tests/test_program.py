@@ -13,6 +13,8 @@ import pytest
 import torch
 from calibrated import calibrated, converted
 from families import batch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from kdlsq_fx.api import from_pretrained
 from kdlsq_fx.backends.reference import ReferenceModel
@@ -112,26 +114,26 @@ def test_constants_of_another_program(copied: Path, tmp_path: Path) -> None:
         load_program(copied)
 
 
-def test_a_later_format(copied: Path) -> None:
-    edit(copied, lambda p: p.update(format=99))
-    with pytest.raises(CheckpointError, match="format 99"):
+@pytest.mark.parametrize("version, do", [(99, "upgrade"), (2, "convert the model again"), (None, "")])
+def test_another_format(copied: Path, version: Any, do: str) -> None:
+    edit(copied, lambda p: p.update(format=version))
+    with pytest.raises(CheckpointError, match=rf"(?s)format {version}.*{do}"):
         load_program(copied)
+    with pytest.raises(CheckpointError, match=f"format {version}"):
+        from_pretrained(copied)
 
 
-def test_format_1_is_read_and_is_nothing_for_the_runner(copied: Path, folder: Path, tmp_path: Path) -> None:
-    def change(program: Any) -> None:
-        program.update(format=1, outputs=[row["value"] for row in program["outputs"]])
-        for row in program["nodes"]:
-            for key in ("dtype", "shape", "parts"):
-                row.pop(key, None)
-        del program["inputs"], program["integer_only"]
-
-    edit(copied, change)
-    old, new = ReferenceModel(load_program(copied)), ReferenceModel(load_program(folder))
-    assert (old(**DATA)[0] == new(**DATA)[0]).all()
-    save_program(load_program(copied), tmp_path / "again")
-    assert json.loads((tmp_path / "again" / PROGRAM).read_text())["integer_only"] is False
-    assert json.loads((folder / PROGRAM).read_text())["integer_only"] is True
+def test_codes_outside_a_packed_range(tmp_path: Path) -> None:
+    converted("W2E2A8-int").save_pretrained(tmp_path)
+    assert load_program(tmp_path)
+    with safe_open(tmp_path / WEIGHTS, framework="np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    name = next(n for n, row in json.loads(metadata["layout"])["packed"].items() if row["levels"] == 3)
+    tensors[name][1] = 243
+    save_file(tensors, tmp_path / WEIGHTS, metadata)
+    with pytest.raises(CheckpointError, match=f"{name} is damaged: byte 1 is 243"):
+        load_program(tmp_path)
 
 
 def test_missing_files(copied: Path) -> None:
