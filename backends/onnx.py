@@ -19,7 +19,7 @@ from .onnx_dialects import dialect_of, opset_for
 from .onnx_emitter import Cut, Emitter, op_name
 from .onnx_grids import GridBuilder
 
-IR_VERSION = 10
+IR_VERSIONS = {18: 10, 20: 10, 21: 10, 25: 13}  # by opset
 LIMIT = 2**31 - 1  # bytes of one protobuf message
 
 
@@ -74,7 +74,7 @@ def export(
     if stage not in ("float", "qdq"):
         raise ConfigError(f"a {stage} graph has no ONNX form", do="export a float or qdq graph")
     dialect = dialect_of(target)
-    emitter = Emitter(gm, dialect, shown, cut, GridBuilder(for_onnxruntime=dialect.unsigned))
+    emitter = Emitter(gm, dialect, shown, cut, GridBuilder(for_onnxruntime=dialect.unsigned, packed=dialect.packed))
     emitter.run(list(input_names), list(output_names))
     opset = opset_for(emitter.g.nodes, emitter.g.types)
     model = model_of(emitter, opset, {"target": target, **(metadata or {})})
@@ -120,7 +120,7 @@ def model_of(emitter: Emitter, opset: int, metadata: Mapping[str, str]) -> onnx.
         name="kdlsq_fx",
     )
     props = {"stage": str(emitter.gm.meta["stage"]), **{k: str(v) for k, v in metadata.items()}}
-    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="kdlsq_fx", metadata_props=props)
+    model = ir.Model(graph, ir_version=IR_VERSIONS[opset], producer_name="kdlsq_fx", metadata_props=props)
     RemoveUnusedNodesPass()(model)
     return ir.to_proto(model)
 

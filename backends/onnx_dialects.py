@@ -19,18 +19,20 @@ from .onnx_grids import GridBuilder
 @dataclass(frozen=True, kw_only=True)
 class Dialect:
     """``unsigned``: signed 8-bit activations are shifted by 128 into uint8 (lossless): ONNX Runtime's x86 kernels take
-    no other, int8 activations that several ops read fall back to floats (references: onnxruntime QDQS8ToU8)."""
+    no other, int8 activations that several ops read fall back to floats (references: onnxruntime QDQS8ToU8).
+    ``packed``: weights and tables of 2 to 4 bits stand in ONNX's narrowest type behind a Cast (GridBuilder.stored)."""
 
     name: str
     unsigned: bool
+    packed: bool
     why: str
 
 
 DIALECTS = {
     d.name: d
     for d in (
-        Dialect(name="ort-cpu", unsigned=True, why="ONNX Runtime on x86: uint8 activations, int8 weights"),
-        Dialect(name="spec", unsigned=False, why="plain ONNX: int8 for signed ranges, uint8 for unsigned ones"),
+        Dialect(name="ort-cpu", unsigned=True, packed=True, why="ONNX Runtime on x86: uint8 activations, int8 weights"),
+        Dialect(name="spec", unsigned=False, packed=False, why="plain ONNX: int8 for signed ranges, uint8 for unsigned ones"),
     )
 }
 
@@ -73,7 +75,13 @@ def container(dialect: Dialect, zero_point: int, qmin: int, qmax: int) -> Contai
 
 
 def opset_for(nodes: Iterable[ir.Node], dtypes: Mapping[ir.Value, torch.dtype]) -> int:
-    """20 has Gelu; QuantizeLinear and DequantizeLinear know 16-bit codes from 21 on."""
+    """20 has Gelu; QuantizeLinear and DequantizeLinear know 16-bit codes from 21 on; Cast 4 bits from 21, 2 from 25 on."""
+    nodes = list(nodes)
+    stored = {dtypes.get(v) for n in nodes if n.op_type == "Cast" for v in n.inputs if v is not None}
+    if stored & {torch.int2, torch.uint2}:
+        return 25
+    if stored & {torch.int4, torch.uint4}:
+        return 21
     codes = [v for n in nodes if n.op_type.endswith("QuantizeLinear") for v in n.outputs]
     codes += [v for n in nodes if n.op_type == "DequantizeLinear" for v in n.inputs[:1] if v is not None]
     return 21 if any(dtypes.get(v) in (torch.int16, torch.uint16) for v in codes) else 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -15,13 +16,15 @@ from .onnx_builder import Builder, Grid
 class GridBuilder(Builder):
     """A Builder that knows which values are dequantized codes, and how a runtime wants products of them written."""
 
-    def __init__(self, *, for_onnxruntime: bool = False) -> None:
+    def __init__(self, *, for_onnxruntime: bool = False, packed: bool = False) -> None:
         super().__init__()
         self.for_onnxruntime = for_onnxruntime
+        self.packed = packed
         self.shared_with_quantizer = False  # a quantizer and another op read the node being written
         self.clamped_next = False  # a Relu alone reads it
         self.grids: dict[ir.Value, Grid] = {}
         self._transposed: dict[ir.Value, ir.Value] = {}
+        self._stored: dict[ir.Value, ir.Value] = {}
 
     def dequantize(self, codes: ir.Value, grid: Grid) -> ir.Value:
         """DequantizeLinear; int32 constants (biases) become floats at once, runtimes want them so."""
@@ -34,10 +37,26 @@ class GridBuilder(Builder):
             # A weight has a zero point of its own: ONNX Runtime fails when it turns two weights that share one into
             # uint8, as it does on request for CPUs that saturate.
             own = f"{codes.name}/zero_point" if array is not None else ""
-            value = self.DequantizeLinear(codes, self.constant(grid.scale), self.constant(zero, own), **axis)
+            stored = self.stored(codes)
+            value = self.DequantizeLinear(stored, self.constant(grid.scale), self.constant(zero, own), **axis)
         self.describe(value, torch.float32, self._dims[codes])
         self.grids[value] = Grid(grid.scale, grid.zero_point, grid.axis, codes, grid.offset)
         return value
+
+    def stored(self, codes: ir.Value) -> ir.Value:
+        """With ``packed``, constant 8-bit codes that fit 2 or 4 bits: stored so, and a Cast back; others as they are.
+
+        ONNX Runtime computes such a Cast once, when it loads the file, and then sees 8-bit weights: int8 kernels.
+        DequantizeLinear of the narrow type itself would run in fp32, and again at each call.
+        """
+        array = codes.const_value.numpy() if self.packed and codes.const_value is not None else None
+        narrow = None if array is None else narrowest(array)
+        if array is None or narrow is None:
+            return codes
+        if codes not in self._stored:
+            packed = self.constant(array.astype(narrow), f"{codes.name}/{narrow}")
+            self._stored[codes] = self.Cast(packed, to=int(ir.DataType.from_numpy(array.dtype)))
+        return self._stored[codes]
 
     def transposed(self, w: ir.Value) -> ir.Value:
         """A weight [out, in] as [in, out]: stored so, unless other ops read the constant as it is."""
@@ -45,9 +64,9 @@ class GridBuilder(Builder):
             return self._transposed[w]
         grid = self.grids.get(w)
         source = grid.codes if grid is not None and grid.codes is not None else w
-        others = [u for u in source.uses() if u.node.op_type != "DequantizeLinear"]
-        if source.const_value is None or others:
-            turned = self.Transpose(source, perm=[1, 0])
+        uses = [u for value in (source, self.stored(source)) for u in value.uses()]
+        if source.const_value is None or any(u.node.op_type != "DequantizeLinear" for u in uses):
+            turned = self.Transpose(self.stored(source), perm=[1, 0])
             self.describe(turned, self.types[source], self._dims[source][::-1])
         else:
             turned = self.constant(source.const_value.numpy().T, f"{source.name}/transposed")
@@ -101,8 +120,8 @@ class GridBuilder(Builder):
         """Rows of a table; of a dequantized one the codes are gathered, then dequantized."""
         grid = self.grids.get(table)
         if grid is None or grid.codes is None:
-            return self.Gather(table, ids, axis=0)
-        codes = self.Gather(grid.codes, ids, axis=0)
+            return self.Gather(self.stored(table), ids, axis=0)
+        codes = self.Gather(self.stored(grid.codes), ids, axis=0)
         self.describe(codes, self.types[grid.codes], [*self._dims[ids], *self._dims[grid.codes][1:]])
         if grid.axis is None:
             return self.dequantize(codes, grid)
@@ -111,6 +130,16 @@ class GridBuilder(Builder):
         scales = self.Unsqueeze(self.Gather(self.constant(grid.scale), ids, axis=0), self.vector([-1]))
         shifted = self.Sub(self.cast(codes, torch.float32), self.constant(np.float32(grid.zero_point)))
         return self.Mul(shifted, scales)
+
+
+def narrowest(codes: NDArray[Any]) -> np.dtype[Any] | None:
+    """ONNX's type of 2 or 4 bits that holds these 8-bit codes, with their sign; None where there is none."""
+    if codes.dtype not in (np.int8, np.uint8) or not codes.size:
+        return None
+    types = (ml_dtypes.int2, ml_dtypes.int4) if codes.dtype == np.int8 else (ml_dtypes.uint2, ml_dtypes.uint4)
+    low, high = int(codes.min()), int(codes.max())
+    fitting = (t for t in types if ml_dtypes.iinfo(t).min <= low and high <= ml_dtypes.iinfo(t).max)
+    return next((np.dtype(t) for t in fitting), None)
 
 
 def _real(codes: NDArray[Any], grid: Grid) -> NDArray[Any]:
