@@ -32,7 +32,7 @@ DIALECTS = {
     d.name: d
     for d in (
         Dialect(name="ort-cpu", unsigned=True, packed=True, why="ONNX Runtime on x86: uint8 activations, int8 weights"),
-        Dialect(name="spec", unsigned=False, packed=False, why="plain ONNX: int8 for signed ranges, uint8 for unsigned ones"),
+        Dialect(name="spec", unsigned=False, packed=False, why="plain ONNX: int8 for signed ranges, else uint8"),
     )
 }
 
@@ -75,12 +75,15 @@ def container(dialect: Dialect, zero_point: int, qmin: int, qmax: int) -> Contai
 
 
 def opset_for(nodes: Iterable[ir.Node], dtypes: Mapping[ir.Value, torch.dtype]) -> int:
-    """20 has Gelu; QuantizeLinear and DequantizeLinear know 16-bit codes from 21 on; Cast 4 bits from 21, 2 from 25 on."""
+    """20 has Gelu; QuantizeLinear and DequantizeLinear know 16-bit codes from 21 on.
+
+    Cast knows 4-bit integers from 21 on, 2-bit ones from 25 on.
+    """
     nodes = list(nodes)
-    stored = {dtypes.get(v) for n in nodes if n.op_type == "Cast" for v in n.inputs if v is not None}
-    if stored & {torch.int2, torch.uint2}:
+    stored = {str(dtypes.get(v)) for n in nodes if n.op_type == "Cast" for v in n.inputs if v is not None}
+    if stored & {"torch.int2", "torch.uint2"}:
         return 25
-    if stored & {torch.int4, torch.uint4}:
+    if stored & {"torch.int4", "torch.uint4"}:
         return 21
     codes = [v for n in nodes if n.op_type.endswith("QuantizeLinear") for v in n.outputs]
     codes += [v for n in nodes if n.op_type == "DequantizeLinear" for v in n.inputs[:1] if v is not None]

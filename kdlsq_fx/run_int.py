@@ -372,8 +372,8 @@ def five_a_byte(data: Array) -> Array:
 def bits_a_code(data: Array, width: int) -> Array:
     """[n] bytes, a stream of ``width``-bit codes that starts at the lowest bit of the first -> a byte for each code.
 
-    Eight codes take ``width`` bytes: those become one word of 64 bits, which is spread in three steps (halves, quarters,
-    single codes): in each, the upper half of the codes that still stand together moves up to where it belongs.
+    Eight codes take ``width`` bytes: those become one word of 64 bits, which is spread in three steps (halves,
+    quarters, single codes): in each, the upper half of what still stands together moves up to where it belongs.
     """
     groups = -(-len(data) // width)
     data = np.pad(data, (0, groups * width - len(data))) if len(data) % width else data
@@ -426,7 +426,8 @@ def read_safetensors(data: bytes, name: str) -> dict[str, Array]:
                 raise ProgramError(f"{name} is truncated or damaged: bytes {begin} to {end} cannot hold {key}")
             tensors[key] = np.frombuffer(body, dtype, count, begin).reshape(row["shape"])
             at = end
-        tensors.update({key: unpack(tensors[key], f"{name}: {key}", **row) for key, row in layout.get("packed", {}).items()})
+        for key, row in layout.get("packed", {}).items():
+            tensors[key] = unpack(tensors[key], f"{name}: {key}", **row)
         tensors.update({alias: tensors[source] for alias, source in layout.get("aliases", {}).items()})
     except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise ProgramError(f"{name} is no safetensors file of integers: {err!r}") from None
