@@ -137,3 +137,12 @@ def bias_grid(bias: Tensor, x: Parts, w: Parts) -> Tensor | None:
     if made is None or type(bias) not in (Tensor, nn.Parameter) or not bias.is_contiguous():
         return None
     return made.bias(bias, x, w) if bias.device.index == torch.cuda.current_device() else None
+
+
+def squares_fit(student: Tensor, teacher: Tensor, keep: Tensor | None) -> bool:
+    """Whether a kernel serves for the masked squares of these."""
+    tensors = [t for t in (student, teacher, keep) if t is not None]
+    if any(type(t) is not Tensor or t.device != student.device for t in tensors) or student.numel() == 0:
+        return False
+    made = kernels(student.device)
+    return made is not None and made.takes_squares(student, teacher, keep)

@@ -207,6 +207,9 @@ class Cuda:
         )  # fmt: skip
         return (grad_x if grid.clip else None), grad_raw, grad_offset
 
+    def takes_squares(self, student: Tensor, teacher: Tensor, keep: Tensor | None) -> bool:
+        return False  # torch's own kernels serve
+
     def bias(self, bias: Tensor, x: tuple[Tensor, Tensor, int], w: tuple[Tensor, Tensor, int]) -> Tensor:
         """The bias on the grid of a product; ``x``, ``w``: (raw, floor, qmax where raw is a clip value, else 0)."""
         out = torch.empty_like(bias)

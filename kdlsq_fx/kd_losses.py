@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from kdlsq_fx import fused
 
 MASKED = -100.0  # scores at or below are masked keys: 0 on both sides (TernaryBERT's and KDLSQ's code)
 
@@ -47,11 +50,30 @@ class _RowSquares(torch.autograd.Function):
         return (difference * scale).to(ctx.dtype), None, None, None
 
 
+class _FusedRowSquares(torch.autograd.Function):
+    """The same in one pass each way; nothing is kept but the two values themselves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor | None, floor: float | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(student, teacher, keep)
+        ctx.floor, ctx.made = floor, fused.kernels(student.device)
+        total: torch.Tensor = ctx.made.squares(student, teacher, keep, floor)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.made.squares_backward(*ctx.saved_tensors, ctx.floor, grad), None, None, None
+
+
 def row_squares(
     student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor | None = None, floor: float | None = None
 ) -> torch.Tensor:
     """(batch,) sums of squared differences of two tensors (batch, ...); see :class:`_RowSquares`."""
-    return _RowSquares.apply(student, teacher, keep, floor)
+    fits = fused.squares_fit(student, teacher, keep)
+    return (_FusedRowSquares if fits else _RowSquares).apply(student, teacher, keep, floor)
 
 
 def mse(

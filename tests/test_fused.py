@@ -186,8 +186,10 @@ def test_row_squares_are_the_formula(on, device):
         a, b, k = a.to(device), b.to(device), None if keep is None else keep.to(device)
         leaf, exact = a.clone().requires_grad_(), a.double().requires_grad_()
         got, want = row_squares(leaf, b, k, floor), squares_formula(exact, b, k, floor)
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)  # float sums
         up = torch.tensor([0.5, -2.0, 1.0], device=device)
+        kind = type(got.grad_fn).__name__
+        assert ("Fused" in kind) == (on and device == "cpu" and len(shape) < 5), kind
         got.backward(up)
         want.backward(up.double())
         torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
