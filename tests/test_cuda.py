@@ -1,0 +1,76 @@
+"""Training on a GPU: the CPU's loss curve, fused as plain, and at most one wait for the GPU in a step."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_glue import bert, tokenizer, write_sst
+
+from kdlsq_fx import data, fused, train
+from kdlsq_fx.api import prepare_qat
+from kdlsq_fx.calibration import calibrate, param_groups
+from kdlsq_fx.distillation import distill
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> data.Dataset:
+    return data.load(write_sst(tmp_path_factory.mktemp("data") / "sst2"), tokenizer())
+
+
+def distiller(dataset: data.Dataset, preset: str) -> Any:
+    torch.manual_seed(0)
+    model = bert()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    qat = prepare_qat(model, preset)
+    rows = dataset.train.order(batch_size=8, seed=0, epoch=0)
+    calibrate(qat, [dataset.train.batch(r) for r in rows[:3]], progress=False)
+    return distill(qat, model)
+
+
+def losses(kd: Any, dataset: data.Dataset, folder: Path) -> list[float]:
+    groups = param_groups(kd.student, lr=1e-3)
+    train.fit(kd, dataset.train, out_dir=folder, steps=STEPS, lr=1e-3, batch_size=8, groups=groups)
+    return [float(line.split("\t")[1]) for line in (folder / "log.tsv").read_text().splitlines()[1:]]
+
+
+@pytest.mark.parametrize("preset", ["W4E4A8", "W4E4A8-lsq+", "W4E4A8-lsq-int"])
+def test_loss_curve_is_the_cpus(preset: str, dataset: data.Dataset, tmp_path: Path) -> None:
+    kd = distiller(dataset, preset)
+    curves = {}
+    for name, device, on in (("cpu", "cpu", True), ("fused", "cuda", True), ("plain", "cuda", False)):
+        fused.use(on)
+        try:
+            curves[name] = losses(copy.deepcopy(kd).to(device), dataset, tmp_path / name)
+        finally:
+            fused.use(True)
+    want = torch.tensor(curves["cpu"])
+    for name in ("fused", "plain"):  # one code of 255 that falls the other way moves the loss this little
+        torch.testing.assert_close(torch.tensor(curves[name]), want, rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("preset", ["W4E4A8", "W2E2A8-lsq+"])
+def test_a_step_waits_for_the_gpu_once(preset: str, dataset: data.Dataset, tmp_path: Path) -> None:
+    kd = distiller(dataset, preset).to("cuda").train()
+    optimizer = torch.optim.AdamW(kd.parameters(), lr=1e-3, fused=True)
+    rows = dataset.train.order(batch_size=8, seed=0, epoch=0)
+    for _ in range(2):  # kernels are built, readiness is looked at
+        train._step(kd, optimizer, dataset.train.batch(rows[0]), 1.0, "fp32", 0, tmp_path)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            train._step(kd, optimizer, dataset.train.batch(rows[1]), 1.0, "fp32", 1, tmp_path)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [w for w in seen if "synchronizing" in str(w.message)]
+    assert len(waits) <= 1, [f"{w.filename}:{w.lineno}" for w in waits]
