@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 namespace {
@@ -81,10 +82,11 @@ void forward(const Layout& l, const Grid& g, const X* x, T* y, T* raw, const T* 
         l.each(piece, [&](int64_t from, int64_t to, int64_t n) {
             const X* a = x + from;
             T* b = y + to;
+            const T step = s.step, zero = s.zero;
 #pragma omp simd
             for (int64_t i = 0; i < n; ++i) {
-                T q = clamped(nearest(T(a[i]) / s.step) + s.zero, qmin, qmax);
-                b[i] = (q - s.zero) * s.step;
+                const T q = clamped(nearest(T(a[i]) / step) + zero, qmin, qmax);
+                b[i] = (q - zero) * step;
             }
         });
     }
@@ -105,15 +107,15 @@ void backward(const Layout& l, const Grid& g, const X* x, const T* grad, X* grad
                 const T* d = grad + to + start;
                 X* e = WRITE ? grad_x + from + start : nullptr;
                 const int64_t size = n - start < PART ? n - start : PART;
+                const T step = s.step, zero = s.zero;
                 T sum = 0, beyond = 0;
 #pragma omp simd reduction(+ : sum, beyond)
                 for (int64_t i = 0; i < size; ++i) {
-                    T r = T(a[i]) / s.step, q = nearest(r) + s.zero;
-                    r += s.zero;
-                    const bool cut = r <= low || r >= high;  // NaN is not cut, as in the plain version
-                    const T passed = cut ? T(0) : d[i];
-                    sum += (clamped(q, qmin, qmax) - (cut ? T(0) : r)) * d[i];
-                    beyond += d[i] - passed;
+                    const T up = d[i], r = T(a[i]) / step, q = clamped(nearest(r) + zero, qmin, qmax), rz = r + zero;
+                    const bool cut = (rz <= low) | (rz >= high);  // NaN is not cut, as in the plain version
+                    const T passed = cut ? T(0) : up, within = cut ? T(0) : rz;
+                    sum += (q - within) * up;
+                    beyond += up - passed;
                     if (WRITE) put(e[i], passed);
                 }
                 all += sum;
@@ -142,24 +144,38 @@ template <class T> struct Squares {
     int64_t n[4], k[4];  // sizes of the contiguous tensors; strides of keep, 0 where it is broadcast
     int64_t floored, threads;
     T floor;
-    T left(T v) const { return floored && !(v > floor) && v == v ? T(0) : v; }
+    T least() const { return floored ? floor : -std::numeric_limits<T>::infinity(); }
+    const T* weights(const T* keep, int64_t plane, int64_t r) const {
+        return keep ? keep + (plane / n[1]) * k[0] + (plane % n[1]) * k[1] + r * k[2] : nullptr;
+    }
 };
 
 template <class T> void squares(const Squares<T>& s, const T* a, const T* b, const T* keep, T* total) {
+    const T least = s.least();
     std::vector<double> sums(s.n[0] * s.n[1]);
 #pragma omp parallel for schedule(static) num_threads(s.threads) if (s.n[0] * s.n[1] * s.n[2] * s.n[3] > SMALL)
     for (int64_t plane = 0; plane < s.n[0] * s.n[1]; ++plane) {
         double all = 0;
         for (int64_t r = 0; r < s.n[2]; ++r) {
             const int64_t at = (plane * s.n[2] + r) * s.n[3];
-            const T* w = keep ? keep + (plane / s.n[1]) * s.k[0] + (plane % s.n[1]) * s.k[1] + r * s.k[2] : nullptr;
+            const T* w = s.weights(keep, plane, r);
             T sum = 0;
             if (w && !s.k[3] && *w == 0) continue;  // a row that does not count
+            if (w && s.k[3]) {
 #pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < s.n[3]; ++i) {
-                T d = s.left(a[at + i]) - s.left(b[at + i]);
-                if (w) d *= w[i * s.k[3]];
-                sum += d * d;
+                for (int64_t i = 0; i < s.n[3]; ++i) {
+                    const T u = a[at + i], v = b[at + i];
+                    const T d = ((u <= least ? T(0) : u) - (v <= least ? T(0) : v)) * w[i];
+                    sum += d * d;
+                }
+            } else {
+#pragma omp simd reduction(+ : sum)
+                for (int64_t i = 0; i < s.n[3]; ++i) {
+                    const T u = a[at + i], v = b[at + i];
+                    const T d = (u <= least ? T(0) : u) - (v <= least ? T(0) : v);
+                    sum += d * d;
+                }
+                sum *= w ? *w * *w : T(1);
             }
             all += sum;
         }
@@ -174,23 +190,30 @@ template <class T> void squares(const Squares<T>& s, const T* a, const T* b, con
 
 template <class T>
 void squares_back(const Squares<T>& s, const T* a, const T* b, const T* keep, const T* up, T* out) {
+    const T least = s.least();
 #pragma omp parallel for schedule(static) num_threads(s.threads) if (s.n[0] * s.n[1] * s.n[2] * s.n[3] > SMALL)
     for (int64_t plane = 0; plane < s.n[0] * s.n[1]; ++plane) {
         const T scale = 2 * up[plane / s.n[1]];
         for (int64_t r = 0; r < s.n[2]; ++r) {
             const int64_t at = (plane * s.n[2] + r) * s.n[3];
-            const T* w = keep ? keep + (plane / s.n[1]) * s.k[0] + (plane % s.n[1]) * s.k[1] + r * s.k[2] : nullptr;
+            const T* w = s.weights(keep, plane, r);
             if (w && !s.k[3] && *w == 0) {
                 std::memset(out + at, 0, s.n[3] * sizeof(T));
                 continue;
             }
+            if (w && s.k[3]) {
 #pragma omp simd
-            for (int64_t i = 0; i < s.n[3]; ++i) {
-                const T v = s.left(a[at + i]);
-                T d = v - s.left(b[at + i]);
-                if (w) d *= w[i * s.k[3]] * w[i * s.k[3]];
-                if (s.floored && !(a[at + i] > s.floor)) d = 0;
-                out[at + i] = d * scale;
+                for (int64_t i = 0; i < s.n[3]; ++i) {
+                    const T u = a[at + i], v = b[at + i];
+                    out[at + i] = u <= least ? T(0) : (u - (v <= least ? T(0) : v)) * w[i] * w[i] * scale;
+                }
+            } else {
+                const T factor = w ? *w * *w * scale : scale;
+#pragma omp simd
+                for (int64_t i = 0; i < s.n[3]; ++i) {
+                    const T u = a[at + i], v = b[at + i];
+                    out[at + i] = u <= least ? T(0) : (u - (v <= least ? T(0) : v)) * factor;
+                }
             }
         }
     }

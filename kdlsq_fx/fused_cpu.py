@@ -160,13 +160,14 @@ class Cpu:
     def takes_squares(self, student: Tensor, teacher: Tensor, keep: Tensor | None) -> bool:
         tensors = [t for t in (student, teacher, keep) if t is not None]
         whole = student.is_contiguous() and teacher.is_contiguous()
+        whole &= keep is None or keep.expand(student.shape).stride(-1) in (0, 1)
         return whole and 2 <= student.dim() <= 4 and all(t.dtype == torch.float32 for t in tensors)
 
     def _squares(self, x: Tensor, keep: Tensor | None, floor: float | None) -> _Squares:
         fill = 4 - x.dim()
         n = [x.shape[0], *[1] * fill, *x.shape[1:]]
-        k = [0] * 4 if keep is None else list(keep.expand(x.shape).stride())
-        k = k if keep is None else [k[0], *[0] * fill, *k[1:]]
+        by = [0] * x.dim() if keep is None else keep.expand(x.shape).stride()
+        k = [by[0], *[0] * fill, *by[1:]]
         ints = ctypes.c_int64 * 4
         return _Squares(ints(*n), ints(*k), floor is not None, torch.get_num_threads(), floor or 0.0)
 
