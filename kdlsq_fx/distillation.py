@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,11 @@ import torch
 from torch import nn
 
 from . import kd_losses as losses
+from .compression import Compression, Kept
+from .distill_output import DistillOutput
 from .errors import ConfigError, InputError
+from .kd_cache import Cache
+from .kd_named import Loss, named_loss
 from .kd_setup import (
     check_options,
     check_outputs,
@@ -22,34 +26,20 @@ from .kd_setup import (
     matched_taps,
     output_names,
 )
-from .kd_targets import Kept, Targets, Teacher, frozen_teacher, with_taps
+from .kd_targets import (
+    Targets,
+    Teacher,
+    frozen_teacher,
+    separator_of,
+    token_weight,
+    tokens_first,
+    with_taps,
+)
 from .matching import Match, match_graphs
 from .model import QuantModel
 from .taps import Tap, node_at, token_axes
 
 __all__ = ["DistillOutput", "Distiller", "Tap", "distill"]
-
-
-class DistillOutput(OrderedDict[str, Any]):
-    """What ``kd(**batch)`` returns: ``loss`` first, then the student's own outputs; by name, key or position.
-
-    ``parts`` holds every term before its weight, detached: hidden, attention, logits, gold, pooled.
-    """
-
-    def __init__(self, fields: Iterable[tuple[str, Any]] | dict[str, Any] = (), parts: dict[str, Any] | None = None):
-        super().__init__(fields)
-        self.__dict__["parts"] = parts or {}
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self:
-            return OrderedDict.__getitem__(self, name)
-        raise AttributeError(name)
-
-    def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        return tuple(self.values())
 
 
 class Distiller(nn.Module):
@@ -64,13 +54,12 @@ class Distiller(nn.Module):
     moves_inputs = True
 
     def __init__(
-        self, student: QuantModel, targets: Targets, taps: tuple[Tap, ...], weights: dict[str, float],
-        temperature: float, padding: str,
-    ) -> None:  # fmt: skip
+        self, student: QuantModel, targets: Targets, taps: tuple[Tap, ...], weights: dict[str, float], loss: Loss
+    ) -> None:
         super().__init__()
         self.student = student
-        self.taps, self.weights = taps, weights
-        self.temperature, self.padding = temperature, padding
+        self.taps, self.weights, self.loss = taps, weights, loss
+        self.progress: float | None = None  # the share of the run that is done; what trains says it
         places = [node_at(student.gm, t.student, "student") for t in taps]
         self._axes = [token_axes(student.gm, node) for node in places]
         self._unregistered = (targets, with_taps(student.gm, places))  # in a tuple: no submodules
@@ -83,7 +72,8 @@ class Distiller(nn.Module):
     @property
     def teacher(self) -> QuantModel:
         if not isinstance(self.targets, Teacher):
-            raise ConfigError("there is no teacher in memory", do="it was run before; the cache knows its targets")
+            do = "distill(qat, teacher) has one in memory"
+            raise ConfigError("this student learns from a cache, there is no teacher", do=do)
         return self.targets.model
 
     @property
@@ -104,73 +94,104 @@ class Distiller(nn.Module):
             f"{t.loss:10s} {t.student}" + (f"  <-  {t.teacher}" if t.teacher != t.student else "") for t in self.taps
         ]
         terms = ", ".join(f"{k} {v:g}" for k, v in self.weights.items())
-        return "\n".join([*rows, f"weights: {terms}; temperature {self.temperature:g}; padding {self.padding}"])
+        loss = self.loss
+        more = f"temperature {loss.temperature:g}; padding {loss.padding}; schedule {loss.schedule}"
+        if loss.compress is not None:
+            more += (
+                f"; compress {loss.compress} ({loss.compress.tokens}, {loss.compress.features}, {loss.compress.mask})"
+            )
+        return "\n".join([*rows, f"weights: {terms}; {more}"])
 
     def forward(self, *args: Any, **kwargs: Any) -> DistillOutput:
-        """Both models on one batch. InputError where the batch does not fit, or ``gold`` has a weight and no labels."""
+        """Both sides on one batch. InputError where the batch does not fit, or labels are needed and not there.
+
+        ``example_id`` (batch,): the rows' numbers in the data set, where the targets come from a cache.
+        """
+        ids = kwargs.pop("example_id", None)
         labels, inputs = self.student.split(*args, **kwargs)
-        wanted = self.targets.wanted({**kwargs, **inputs})
+        weights = self._weights_now()
+        wanted = self.targets.wanted({**kwargs, **inputs, "example_id": ids})
         flat, values = self._unregistered[1](*(inputs[n] for n in self.student.input_names))
         fields = dict(zip(output_names(self.student), flat))
-        parts = self._between(values, wanted.taps, self._weight(inputs))
-        parts |= self._outputs(fields, wanted.outputs, inputs)
-        if self.weights["gold"]:
-            if not labels:
-                raise InputError("gold has a weight but the batch has no labels", do="pass labels=, or set gold=0")
+        weight = token_weight(inputs, self.loss.padding)
+        parts = self._between(values, wanted.taps, weight, weights)
+        if weights["logits"] and not any(t.loss == "logits" for t in self.taps):
+            parts["logits"] = self._logits(fields, wanted.outputs, weight, labels)
+        if weights["pooled"]:
+            mask = inputs.get("attention_mask")
+            parts["pooled"] = losses.pooled(fields["last_hidden_state"], wanted.outputs["pooled"], mask)
+        if weights["gold"]:
+            self._want_labels(labels, "gold has a weight", "set gold=0")
             parts["gold"] = self.student.pack(flat, labels)["loss"]
-        loss = sum((self.weights[k] * v for k, v in parts.items()), start=torch.zeros((), device=self.device))
+        loss = sum((weights[k] * v for k, v in parts.items()), start=torch.zeros((), device=self.device))
         return DistillOutput({"loss": loss, **fields}, {k: v.detach() for k, v in parts.items()})
 
-    def _weight(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """(batch, length) floats, 1 where a token is real; None where everything counts."""
-        mask = inputs.get("attention_mask")
-        return None if self.padding == "paper" or mask is None or mask.dim() != 2 else (mask != 0).float()
+    def _weights_now(self) -> dict[str, float]:
+        """The terms' weights at this point of the run; 0 for those whose stage it is not."""
+        if self.loss.schedule == "joint" or not self.training:
+            return self.weights
+        if self.progress is None:
+            do = "train with kdlsq_fx.train.fit, or set kd.progress = step / steps before each step"
+            raise ConfigError("a two-stage loss has to know how much of the run is done", where="schedule", do=do)
+        return {k: v if self.loss.counts(k, self.progress) else 0.0 for k, v in self.weights.items()}
+
+    @staticmethod
+    def _want_labels(labels: dict[str, Any], why: str, do: str) -> None:
+        if not labels:
+            raise InputError(f"{why} but the batch has no labels", do=f"pass labels=, or {do}")
 
     def _between(
-        self, values: tuple[torch.Tensor, ...], wanted: tuple[Kept, ...], weight: torch.Tensor | None
+        self,
+        values: tuple[torch.Tensor, ...],
+        wanted: tuple[Kept, ...],
+        weight: torch.Tensor | None,
+        weights: dict[str, float],
     ) -> dict[str, torch.Tensor]:
         """Terms at the taps: for each loss the sum over its taps."""
         parts: dict[str, torch.Tensor] = {}
         for tap, axes, value, kept in zip(self.taps, self._axes, values, wanted):
-            target = kept.values
-            if value.shape != target.shape:
-                raise InputError(f"shapes {tuple(value.shape)} and {tuple(target.shape)} differ", where=tap.student)
-            if tap.loss == "logits":
-                term = losses.soft_cross_entropy(value, target, weight if 1 in axes else None, self.temperature)
-            else:
-                floor = losses.MASKED if tap.loss == "attention" else None
-                term = losses.mse(value, target, weight, axes, floor)
-            parts[tap.loss] = parts[tap.loss] + term if tap.loss in parts else term
+            if weights[tap.loss]:
+                term = self._at(tap, axes, value, kept, weight)
+                parts[tap.loss] = parts[tap.loss] + term if tap.loss in parts else term
         return parts
 
-    def _outputs(
-        self, fields: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Terms at the outputs: logits of any head, sentence vectors."""
-        parts = {}
-        if self.weights["logits"] and not any(t.loss == "logits" for t in self.taps):
-            parts["logits"] = self._logits(fields, wanted, self._weight(inputs))
-        if self.weights["pooled"]:
-            mask = inputs.get("attention_mask")
-            parts["pooled"] = losses.pooled(fields["last_hidden_state"], wanted["pooled"], mask)
-        return parts
+    def _at(
+        self, tap: Tap, axes: tuple[int, ...], value: torch.Tensor, kept: Kept, weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The term of one tap."""
+        if kept.positions is not None:
+            both = self.loss.compress is not None and self.loss.compress.mask == "both"
+            return losses.kept_mse(tokens_first(value, axes), kept, both=both)
+        if value.shape != kept.values.shape:
+            what = f"shapes {tuple(value.shape)} and {tuple(kept.values.shape)} differ"
+            raise InputError(what, where=tap.student)
+        if tap.loss == "logits":
+            return losses.soft_cross_entropy(value, kept.values, weight if 1 in axes else None, self.loss.temperature)
+        return losses.mse(value, kept.values, weight, axes, losses.MASKED if tap.loss == "attention" else None)
 
     def _logits(
-        self, fields: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], weight: torch.Tensor | None
+        self,
+        fields: dict[str, torch.Tensor],
+        wanted: dict[str, torch.Tensor],
+        weight: torch.Tensor | None,
+        labels: dict[str, Any],
     ) -> torch.Tensor:
+        """The term at the logits of any head."""
+        temperature = self.loss.temperature
         if "start_logits" in fields:
             pairs = [(fields[k], wanted[k]) for k in ("start_logits", "end_logits")]
-            return sum(
-                (losses.span_cross_entropy(s, t, weight, self.temperature) for s, t in pairs),
-                start=torch.zeros((), device=self.device),
-            )
-        s, t = fields["logits"], wanted["logits"]
-        kind = getattr(self.config, "problem_type", None)
+            start, end = (losses.span_cross_entropy(s, t, weight, temperature) for s, t in pairs)
+            return (start + end) * self.loss.span
+        s, kind = fields["logits"], getattr(self.config, "problem_type", None)
         if s.dim() == 2 and (kind == "regression" or s.shape[-1] == 1):
-            return losses.mse(s, t)
+            if self.loss.regression == "teacher":
+                return losses.mse(s, wanted["logits"])
+            self._want_labels(labels, "regression='gold'", "set regression='teacher'")
+            return losses.mse(s, labels["labels"].view(s.shape).to(s.dtype))
+        t = wanted["logits"]
         if s.dim() == 2 and kind == "multi_label_classification":
-            return losses.soft_binary(s, t, self.temperature)
-        return losses.soft_cross_entropy(s, t, weight if s.dim() == 3 else None, self.temperature)
+            return losses.soft_binary(s, t, temperature)
+        return losses.soft_cross_entropy(s, t, weight if s.dim() == 3 else None, temperature)
 
     def save_pretrained(self, path: str | Path, *args: Any, **kwargs: Any) -> Path:
         """Write the student alone; see :meth:`QuantModel.save_pretrained`."""
@@ -185,58 +206,102 @@ class Distiller(nn.Module):
 
 def distill(
     qat: QuantModel,
-    teacher: nn.Module | QuantModel,
+    teacher: nn.Module | QuantModel | None = None,
     *,
-    hidden: float = 1.0,
-    attention: float = 1.0,
-    logits: float = 1.0,
-    gold: float = 0.0,
-    pooled: float = 0.0,
-    temperature: float = 1.0,
-    padding: str = "exclude",
+    loss: str | Loss = "kdlsq",
+    cache: str | Path | Cache | None = None,
     taps: Iterable[Tap] | None = None,
+    **changes: Any,
 ) -> Distiller:
-    """Put the KDLSQ loss (arXiv 2101.05938 and its release; all weights 1 there) around ``qat``.
+    """Put a distillation loss around ``qat``; its targets come from a running teacher, or from a cache of one.
 
     ``loss = hidden * L_hid + attention * L_att + logits * L_pred + gold * L_gt + pooled * L_vec``; a term of weight 0
     costs nothing.
 
-    * ``L_hid``: sum over taps (what enters the first block and leaves each block) of the MSE of hidden states.
+    * ``L_hid``: sum over taps (what enters the first block and leaves each block) of the MSE of hidden states; with
+      ``compress`` of what it keeps of them (:class:`kdlsq_fx.compression.Compression`).
     * ``L_att``: sum over layers of the MSE of attention scores before the softmax (scaled, mask added); entries <= -100
       count as 0 on each side first.
     * ``L_pred``: soft cross-entropy to the teacher, mean over batch x classes (``temperature**2`` scales it); question
-      answering: start + end over positions (the release multiplies by 100: set ``logits=100``); one label
-      (regression): MSE to the teacher's output; several labels at once: binary. A bare encoder has none.
+      answering: start + end over positions, times ``span``; one label (regression): MSE to the teacher's output, or
+      with ``regression="gold"`` to the label; several labels at once: binary. A bare encoder has none.
     * ``L_gt``: the head's own loss from the labels. ``L_vec``: 1 - cosine of the mean-pooled sentence vectors.
 
     Args:
         qat: the student, from ``prepare_qat``. It is trained in place and stays what ``convert`` takes.
         teacher: a model of the same tokenizer, or a QuantModel; it is copied, frozen and run in eval mode.
-        padding: ``"exclude"``: rows and columns of padded positions leave every mean; each example is averaged over
-            its own tokens, then the examples are averaged, so that neither the amount of padding nor the split of a
-            batch over steps or processes changes the gradient. ``"paper"``: plain means over all positions as in the
-            released code (padded keys count as 0, padded queries and hidden states of padding count in full).
+        loss: a name (``"kdlsq"``, ``"ternarybert"``, ``"hsk"``; with ``-release`` to the letter of the released code,
+            padding and all), or a :class:`kdlsq_fx.kd_named.Loss`. With a cache: the one it was made for.
+        cache: a folder that ``kdlsq-fx cache`` made, in place of a teacher. It brings the taps and the compression;
+            the batches then need ``example_id``.
         taps: pairs of sites to use in place of the hidden and attention taps found in the graphs.
+        changes: fields of the loss that are to differ: ``hidden, attention, logits, gold, pooled, temperature,
+            regression, span, compress, schedule, share``, and ``padding``. ``padding="exclude"``: rows and columns of
+            padded positions leave every mean; each example is averaged over its own tokens, then the examples are
+            averaged, so that neither the amount of padding nor the split of a batch over steps or processes changes
+            the gradient. ``"paper"``: plain means over all positions as in the released code (padded keys count as 0,
+            padded queries and hidden states of padding count in full).
 
     Raises:
         ConfigError: weights or options make no sense; no taps; another vocabulary; shapes differ at a tap.
+        CheckpointError: the cache is damaged or not finished.
     """
-    weights = {"hidden": hidden, "attention": attention, "logits": logits, "gold": gold, "pooled": pooled}
-    check_options(qat, teacher, weights, temperature, padding)
+    if (teacher is None) == (cache is None):
+        raise ConfigError("a student learns from a teacher or from a cache", do="give one of teacher and cache=")
+    if cache is not None:
+        return _from_cache(qat, cache, taps, loss, changes)
+    chosen = named_loss(loss).changed(changes)
+    weights = chosen.weights
+    check_options(qat, teacher, weights, chosen.temperature, chosen.padding)
+    assert isinstance(teacher, nn.Module)
     frozen = frozen_teacher(teacher, qat)
-    chosen = given_taps(taps, weights) if taps is not None else matched_taps(qat, frozen, weights)
-    check_vocabulary(qat, frozen, chosen)
-    check_shapes(qat, frozen, chosen)
-    check_outputs(qat, frozen, weights, chosen)
-    targets = Teacher(frozen, chosen, checked=frozen.covers(qat))
-    return _signed(qat)(qat, targets, chosen, weights, temperature, padding)
+    found = given_taps(taps, weights) if taps is not None else matched_taps(qat, frozen, weights)
+    found = upper(found, chosen.compress)
+    check_vocabulary(qat, frozen, found)
+    check_shapes(qat, frozen, found)
+    check_outputs(qat, frozen, weights, found)
+    if chosen.compress is not None:
+        chosen = replace(chosen, compress=chosen.compress.with_separator(separator_of(frozen.config)))
+    targets = Teacher(frozen, found, chosen, checked=frozen.covers(qat))
+    return _signed(qat)(qat, targets, found, weights, chosen)
 
 
-def _signed(qat: QuantModel) -> type[Distiller]:
-    """A Distiller whose ``forward`` shows the student's signature (the Hugging Face Trainer reads it)."""
+def _from_cache(
+    qat: QuantModel, cache: str | Path | Cache, taps: Iterable[Tap] | None, loss: str | Loss, changes: dict[str, Any]
+) -> Distiller:
+    """A Distiller whose targets were stored before."""
+    if taps is not None or loss != "kdlsq":
+        do = "leave taps= and loss= away; weights, temperature and schedule may differ"
+        raise ConfigError("a cache was made for its own taps and loss", do=do)
+    opened = cache if isinstance(cache, Cache) else Cache.open(cache)
+    chosen = opened.loss_with(changes)
+    weights = chosen.weights
+    check_options(qat, None, weights, chosen.temperature, chosen.padding)
+    opened.check(qat, weights)
+    return _signed(qat, "example_id")(qat, opened, opened.taps, weights, chosen)
+
+
+def upper(taps: tuple[Tap, ...], compress: Compression | None) -> tuple[Tap, ...]:
+    """The taps without the lower hidden ones that a compression in depth leaves out."""
+    if compress is None or compress.depth is None:
+        return taps
+    hidden = [t for t in taps if t.loss == "hidden"]
+    if compress.depth > len(hidden):
+        what = f"compress keeps {compress.depth} layers, the plan has {len(hidden)} hidden taps"
+        raise ConfigError(what, do=f"keep at most {len(hidden)}, or set hidden above 0")
+    gone = hidden[: -compress.depth]
+    return tuple(t for t in taps if t not in gone)
+
+
+def _signed(qat: QuantModel, *more: str) -> type[Distiller]:
+    """A Distiller whose ``forward`` shows the student's signature and more (the Hugging Face Trainer reads it)."""
 
     def forward(self: Distiller, *args: Any, **kwargs: Any) -> DistillOutput:
         return Distiller.forward(self, *args, **kwargs)
 
-    forward.__signature__ = inspect.signature(type(qat).forward)  # type: ignore[attr-defined]
+    signature = inspect.signature(type(qat).forward)
+    parameters = list(signature.parameters.values())
+    rest = [parameters.pop()] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
+    forward.__signature__ = signature.replace(parameters=[*parameters, *added, *rest])  # type: ignore[attr-defined]
     return type("Distiller", (Distiller,), {"forward": forward, "__module__": __name__, "__doc__": Distiller.__doc__})

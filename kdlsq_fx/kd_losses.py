@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from kdlsq_fx import fused
 
+from .compression import Kept
+
 MASKED = -100.0  # scores at or below are masked keys: 0 on both sides (TernaryBERT's and KDLSQ's code)
 
 
@@ -97,6 +99,23 @@ def mse(
     tokens = weight.sum(1).clamp(min=1)
     others = student[0].numel() / weight.shape[1] ** len(axes)
     return (row_squares(student, teacher, keep, floor) / (tokens ** len(axes) * others)).mean()
+
+
+def kept_mse(student: torch.Tensor, kept: Kept, *, both: bool) -> torch.Tensor:
+    """Mean squared error of hidden states (batch, length, width) to what was kept of the teacher's.
+
+    Each row is averaged over its kept tokens x all features, then the rows are averaged. ``both``: dropped features
+    leave the mean on both sides; else the student is drawn to 0 there.
+    """
+    assert kept.positions is not None and kept.real is not None
+    width = student.shape[-1]
+    here = student.gather(1, kept.positions.unsqueeze(-1).expand(-1, -1, width))
+    keep = kept.real.unsqueeze(-1)
+    count = kept.real.sum(1) * width
+    if both and kept.features is not None:
+        keep = keep * kept.features
+        count = keep.sum((1, 2))
+    return (row_squares(here, kept.values, keep) / count.clamp(min=1)).mean()
 
 
 def soft_cross_entropy(

@@ -21,9 +21,9 @@ def check_options(qat: Any, teacher: Any, weights: dict[str, float], temperature
     if not isinstance(qat, QuantModel) or qat.stage not in ("float", "qat"):
         found = f"a {qat.stage} model" if isinstance(qat, QuantModel) else f"a {type(qat).__name__}"
         raise ConfigError(f"the student must be a qat model, got {found}", do="call prepare_qat first")
-    if not isinstance(teacher, nn.Module):
+    if teacher is not None and not isinstance(teacher, nn.Module):
         raise ConfigError(f"a {type(teacher).__name__} cannot teach", do="pass the float model, an nn.Module")
-    if teacher is qat or teacher is qat.gm:
+    if teacher is not None and (teacher is qat or teacher is qat.gm):
         raise ConfigError("the teacher is the student itself", do="pass the float model the student was made from")
     if isinstance(teacher, QuantModel) and teacher.stage == "int":
         raise ConfigError("an int model cannot teach", do="pass the float model or a qat model")

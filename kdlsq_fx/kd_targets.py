@@ -11,28 +11,15 @@ import torch
 from torch import fx, nn
 
 from .capture import capture
+from .compression import Kept
+from .errors import ConfigError
 from .graph import output_args
 from .kd_losses import sentence_vectors
+from .kd_named import Loss
 from .kd_setup import output_names
 from .model import QuantModel, wrap
 from .qconfig import QConfig
-from .taps import Tap, node_at
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What is kept of the teacher's value at one tap.
-
-    ``values``     the value as it is; or (batch, tokens, width) at the kept positions, 0 where a feature was dropped
-    ``positions``  int64 (batch, tokens): where in the sequence they stand; None: the value is whole
-    ``features``   bool (batch, tokens, width): which features were kept; None: all
-    ``real``       float (batch, tokens): 1 for a token that is there, 0 for filling; None where the value is whole
-    """
-
-    values: torch.Tensor
-    positions: torch.Tensor | None = None
-    features: torch.Tensor | None = None
-    real: torch.Tensor | None = None
+from .taps import Tap, find_taps, node_at, token_axes
 
 
 @dataclass(frozen=True)
@@ -55,12 +42,18 @@ class Targets(Protocol):
 
 
 class Teacher:
-    """A frozen model in eval mode that is run on every batch. ``checked``: the student's look at a batch serves for it
-    too, whose values then need not come from a GPU a second time."""
+    """A frozen model in eval mode that is run on every batch; what is kept of its hidden states is chosen at once.
+    ``checked``: the student's look at a batch serves for it too, whose values then need not come from a GPU a second
+    time."""
 
-    def __init__(self, model: QuantModel, taps: tuple[Tap, ...], *, checked: bool = False) -> None:
-        self.model, self.checked = model, checked
-        self.graph = with_taps(model.gm, [node_at(model.gm, t.teacher, "teacher") for t in taps])
+    def __init__(self, model: QuantModel, taps: tuple[Tap, ...], loss: Loss, *, checked: bool = False) -> None:
+        self.model, self.taps, self.loss, self.checked = model, taps, loss, checked
+        nodes = [node_at(model.gm, t.teacher, "teacher") for t in taps]
+        self.axes = [token_axes(model.gm, node) for node in nodes]
+        compress = loss.compress
+        read = compress is not None and compress.reads_attention
+        self.scores = attention_behind(model.gm, taps, nodes) if read else {}
+        self.graph = with_taps(model.gm, [*nodes, *self.scores.values()])
 
     @torch.no_grad()
     def wanted(self, given: dict[str, Any]) -> Wanted:
@@ -71,10 +64,51 @@ class Teacher:
         outputs = {k: v for k, v in fields.items() if k in ("logits", "start_logits", "end_logits")}
         if "last_hidden_state" in fields:
             outputs["pooled"] = sentence_vectors(fields["last_hidden_state"].float(), inputs.get("attention_mask"))
-        return Wanted(tuple(Kept(v) for v in values), outputs)
+        scores = dict(zip(self.scores, values[len(self.taps) :]))
+        weight = token_weight(inputs, self.loss.padding)
+        kept = (self._kept(i, v, weight, scores.get(i), inputs) for i, v in enumerate(values[: len(self.taps)]))
+        return Wanted(tuple(kept), outputs)
+
+    def _kept(
+        self, tap: int, value: torch.Tensor, weight: torch.Tensor | None, scores: Any, inputs: dict[str, torch.Tensor]
+    ) -> Kept:
+        compress = self.loss.compress
+        if self.taps[tap].loss != "hidden" or compress is None or compress.whole:
+            return Kept(value)
+        value = tokens_first(value, self.axes[tap])
+        return compress.select(value, weight, tap=tap, scores=scores, ids=inputs.get("input_ids"))
 
     def move(self, fn: Callable[..., Any], recurse: bool = True) -> None:
         self.model._apply(fn, recurse)
+
+
+def separator_of(config: Any) -> int | None:
+    """The id of [SEP] by a model's configuration (RoBERTa's family calls it eos); None where it says nothing."""
+    known = getattr(config, "sep_token_id", None)
+    known = getattr(config, "eos_token_id", None) if known is None else known
+    return known if isinstance(known, int) else None
+
+
+def token_weight(inputs: dict[str, torch.Tensor], padding: str) -> torch.Tensor | None:
+    """(batch, length) floats, 1 where a token is real; None where everything counts."""
+    mask = inputs.get("attention_mask")
+    return None if padding == "paper" or mask is None or mask.dim() != 2 else (mask != 0).float()
+
+
+def tokens_first(value: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+    """Hidden states as (batch, length, width), also where a model runs over (batch, width, length)."""
+    return value.transpose(1, 2) if axes == (2,) else value
+
+
+def attention_behind(gm: fx.GraphModule, taps: tuple[Tap, ...], nodes: list[fx.Node]) -> dict[int, fx.Node]:
+    """For each hidden tap the attention scores of the block that made it; the first block's for what enters it."""
+    found = find_taps(gm).attention
+    if not found:
+        do = "choose tokens='left', 'right' or 'cls'"
+        raise ConfigError("tokens are chosen by attention, but the teacher has none", where="compress", do=do)
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    hidden = [(i, n) for i, n in enumerate(nodes) if taps[i].loss == "hidden"]
+    return {i: next((s for s in reversed(found) if order[s] < order[n]), found[0]) for i, n in hidden}
 
 
 def with_taps(gm: fx.GraphModule, nodes: list[fx.Node]) -> fx.GraphModule:

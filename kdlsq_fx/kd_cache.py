@@ -1,0 +1,211 @@
+"""A teacher's targets on disk, read by example: training then needs no teacher in memory.
+
+A folder with ``cache.json`` (what it was made for, the fields, the shards with their checksums) and safetensors shards
+of flat arrays, which are mapped into memory and read row by row. docs/distillation.md describes the format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .data import Encoded
+from .errors import CheckpointError, ConfigError, InputError
+from .files import read_json
+from .kd_fields import Array, Field, decode, kept_tokens
+from .kd_named import TERMS, Loss
+from .kd_targets import Wanted
+from .model import QuantModel
+from .taps import Tap, node_at, shape_of
+
+INDEX = "cache.json"
+OPEN = 64  # shards mapped at a time
+PLANNED = ("padding", "regression", "span", "compress")  # fixed when the cache is made
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """A data set whose batches carry ``example_id``, the rows' numbers; :func:`kdlsq_fx.train.fit` takes it."""
+
+    data: Encoded
+
+    def order(self, *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+        return self.data.order(batch_size=batch_size, seed=seed, epoch=epoch)
+
+    def batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        return self.data.batch(rows) | {"example_id": torch.from_numpy(np.asarray(rows, dtype=np.int64))}
+
+    @property
+    def fingerprint(self) -> str:
+        return self.data.fingerprint
+
+
+class Cache:
+    """Targets of every row of one data set; made by :func:`kdlsq_fx.kd_cache_build.build_cache`.
+
+    ``taps`` and ``loss`` are those it was made for; ``rows`` how many examples it holds.
+    """
+
+    def __init__(self, folder: Path, index: dict[str, Any]) -> None:
+        self.folder, self.index = folder, index
+        self.taps = tuple(Tap(**tap) for tap in index["taps"])
+        self.loss = Loss.from_dict(index["loss"])
+        self.rows = int(index["rows"])
+        self.fields = {name: Field(name, f["dtype"], tuple(f["shape"])) for name, f in index["fields"].items()}
+        self._shard = lru_cache(maxsize=OPEN)(self._open_shard)
+        self._verified: set[int] = set()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Cache:
+        """A finished cache. CheckpointError where it is not there, not finished, or a shard is missing or cut short;
+        the checksum of a shard is verified when it is first read."""
+        folder = Path(path)
+        index = read_json(folder / INDEX)
+        if index.get("kind") != "distillation cache":
+            raise CheckpointError("the folder holds no distillation cache", where=str(folder), do="kdlsq-fx cache")
+        cache = cls(folder, index)
+        missing = math.ceil(cache.rows / index["rows_per_shard"]) - len(index["shards"])
+        if missing:
+            what = f"the cache is not finished: {missing} shards are missing"
+            raise CheckpointError(what, where=str(folder), do="run the same kdlsq-fx cache again, it goes on")
+        for shard in index["shards"]:
+            path = folder / shard["file"]
+            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+                raise CheckpointError(
+                    f"{path} is missing or cut short", do="copy it again, or run kdlsq-fx cache again"
+                )
+        return cache
+
+    @property
+    def bytes_per_example(self) -> float:
+        """Bytes of the shards for each row, everything included."""
+        return float(sum(s["bytes"] for s in self.index["shards"]) / max(self.rows, 1))
+
+    def report(self) -> str:
+        """What the cache holds, as text."""
+        rows = [f"{f.name:16s} {f.dtype:8s} {' x '.join(map(str, f.shape)) or '1'}" for f in self.fields.values()]
+        head = f"{self.rows} examples, {self.bytes_per_example:.0f} bytes each, {len(self.index['shards'])} shards"
+        return "\n".join(
+            [head, f"loss: compress {self.loss.compress or 'nothing'}, store {self.index['store']}", *rows]
+        )
+
+    def source(self, data: Encoded, tokenizer: Any = None) -> Numbered:
+        """The data set as ``fit`` needs it beside this cache. InputError where the cache was made for another one."""
+        if tokenizer is not None and self.index["tokenizer"] not in ("", tokenizer_hash(tokenizer)):
+            what = "the cache was made with another tokenizer"
+            raise InputError(what, where=str(self.folder), do="use that one, or make another cache")
+        if data.fingerprint != self.index["data"] or len(data) != self.rows:
+            what = f"the cache was made for another data set ({self.rows} rows; this one has {len(data)})"
+            do = "use the same rows, order and max_length, or make another cache"
+            raise InputError(what, where=str(self.folder), do=do)
+        return Numbered(data)
+
+    def loss_with(self, changes: dict[str, Any]) -> Loss:
+        """The loss it was made for, with other weights, temperature or schedule; ConfigError for what is stored."""
+        fixed = [k for k, v in changes.items() if k in PLANNED[:1] + PLANNED[3:] and v != getattr(self.loss, k)]
+        if fixed:
+            what = f"{fixed[0]} was fixed when the cache was made"
+            raise ConfigError(what, where=str(self.folder), do="leave it away, or make another cache")
+        return self.loss.changed(changes)
+
+    def check(self, qat: QuantModel, weights: dict[str, float]) -> None:
+        """ConfigError where the student has not the cache's sites, or a term needs what is not stored."""
+        stored = {t.loss for t in self.taps} | {"gold"}
+        stored |= {"logits" for k in self.fields if k.endswith("logits")} | {k for k in self.fields if k == "pooled"}
+        for term in TERMS:
+            if weights[term] and term not in stored:
+                has = ", ".join(sorted(stored - {"gold"}))
+                raise ConfigError(
+                    f"{term} has a weight, but the cache holds only {has}",
+                    where=str(self.folder), do=f"set {term}=0, or make a cache with it",
+                )  # fmt: skip
+        for tap, width in zip(self.taps, self.index["widths"]):
+            shape = shape_of(node_at(qat.gm, tap.student, "student"))
+            if width not in shape[1:]:
+                what = f"the student's value has shape {shape}, the cached teacher is {width} wide"
+                raise ConfigError(what, where=tap.student, do="make a cache for this student")
+
+    def wanted(self, given: dict[str, Any]) -> Wanted:
+        """Targets of the rows ``given["example_id"]``. InputError without it, or where a row's tokens are others."""
+        if given.get("example_id") is None:
+            do = "train on cache.source(data), or give every batch the numbers of its rows"
+            raise InputError("the batch has no example_id, so its targets cannot be found", do=do)
+        ids = given["input_ids"]
+        mask = given.get("attention_mask", torch.ones_like(ids)).cpu().numpy() != 0
+        rows = [self._row(int(i)) for i in given["example_id"].tolist()]
+        for number, row, tokens, real in zip(given["example_id"].tolist(), rows, ids.cpu().numpy(), mask):
+            if int(row["crc"]) != token_hash(tokens[real]):
+                what = f"example {number} has other tokens than the one the cache was made for"
+                raise InputError(
+                    what, where=str(self.folder), do="train on the data set of the cache: cache.source(data)"
+                )
+        return decode(
+            rows, self.fields, len(self.taps), self.index["widths"], self.loss.compress,
+            mask.argmax(1).tolist(), ids.shape[1], ids.device,
+        )  # fmt: skip
+
+    def move(self, fn: Callable[..., Any], recurse: bool = True) -> None:
+        """Nothing to move: targets go to the device of their batch."""
+
+    def _row(self, number: int) -> dict[str, Array]:
+        """The fields of one example, views of the mapped shard."""
+        if not 0 <= number < self.rows:
+            what = f"example_id {number}, the cache has examples 0 to {self.rows - 1}"
+            raise InputError(what, where=str(self.folder), do="train on the data set of the cache")
+        at, k = divmod(number, self.index["rows_per_shard"])
+        flat, starts, lengths, tokens = self._shard(at)
+        row: dict[str, Array] = {"crc": flat["crc"][k]}
+        sizes = {"length": int(lengths[k]), "tokens": int(tokens[k])}
+        for name, field in self.fields.items():
+            shape = [sizes[d] if isinstance(d, str) else d for d in field.shape]
+            row[name] = flat[name][starts[name][k] : starts[name][k + 1]].reshape(shape)
+        return row
+
+    def _open_shard(self, at: int) -> tuple[dict[str, Array], dict[str, Array], Array, Array]:
+        """Flat arrays of a shard, where each row begins in them, the rows' lengths and kept tokens."""
+        entry = self.index["shards"][at]
+        path = self.folder / entry["file"]
+        if at not in self._verified and checksum(path) != entry["sha256"]:
+            do = "copy it again; or delete it and run the same kdlsq-fx cache, which makes it again"
+            raise CheckpointError(f"{path} is damaged: its checksum is another", do=do)
+        self._verified.add(at)
+        try:
+            with safe_open(path, framework="pt") as file:  # its tensors are views of the mapped file
+                flat = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as err:
+            raise CheckpointError(f"{path} cannot be read: {err}", do="copy it again") from None
+        lengths = flat["length"].astype(np.int64)
+        tokens = kept_tokens(lengths, self.loss.compress)
+        starts = {n: np.concatenate([[0], np.cumsum(f.sizes(lengths, tokens))]) for n, f in self.fields.items()}
+        return flat, starts, lengths, tokens
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file; CheckpointError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as err:
+        raise CheckpointError(f"{path} cannot be read: {err.strerror or err}", do="copy it again") from None
+
+
+def token_hash(ids: Array | Sequence[int]) -> int:
+    """CRC-32 of a row's ids as little-endian int32: a row of another data set is noticed."""
+    return zlib.crc32(np.asarray(ids, dtype="<i4").tobytes())
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 over the vocabulary and the special ids."""
+    known = [sorted(tokenizer.get_vocab().items()), sorted(map(int, tokenizer.all_special_ids))]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
