@@ -80,10 +80,10 @@ class Cache:
             what = f"the cache is not finished: {missing} shards are missing"
             raise CheckpointError(what, where=str(folder), do="run the same kdlsq-fx cache again, it goes on")
         for shard in index["shards"]:
-            path = folder / shard["file"]
-            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            file = folder / shard["file"]
+            if not file.is_file() or file.stat().st_size != shard["bytes"]:
                 raise CheckpointError(
-                    f"{path} is missing or cut short", do="copy it again, or run kdlsq-fx cache again"
+                    f"{file} is missing or cut short", do="copy it again, or run kdlsq-fx cache again"
                 )
         return cache
 

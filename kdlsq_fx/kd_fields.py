@@ -34,7 +34,7 @@ class Field:
         """Entries of each row, int64 [rows]."""
         out = np.ones(len(lengths), dtype=np.int64)
         for dim in self.shape:
-            out *= {"length": lengths, "tokens": tokens}.get(dim, dim) if isinstance(dim, str) else dim
+            out *= dim if isinstance(dim, int) else lengths if dim == "length" else tokens
         return out
 
     def bytes(self, length: int, tokens: int) -> int:
@@ -179,5 +179,5 @@ def _filled(rows: list[Array], field: Field, first: Sequence[int], length: int) 
     out = np.zeros((len(rows), *shape), dtype=dtype)
     for k, row in enumerate(rows):
         start = [first[k] if d == "length" else 0 for d in field.shape]
-        out[(k, *(slice(a, a + n) for a, n in zip(start, row.shape)))] = row
+        out[k][tuple(slice(a, a + n) for a, n in zip(start, row.shape))] = row
     return torch.from_numpy(out)

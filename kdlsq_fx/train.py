@@ -137,6 +137,7 @@ def fit(
             factor = schedule(step, total, warmup)
             for group, rate in zip(optimizer.param_groups, base):
                 group["lr"] = rate * factor
+            _tell(model, step / total)
             loss, parts = _step(model, optimizer, data.batch(rows), clip, precision, step, folder)
             state |= {"step": step + 1, "seconds": time.monotonic() - began, "done": step + 1 == total}
             state["recent"] = (state["recent"] + [loss])[-50:]
@@ -160,6 +161,13 @@ def schedule(step: int, total: int, warmup: float = 0.0) -> float:
     """Factor of the learning rate at a step (from 0): up over the first ``warmup`` share, then down to 0."""
     rise = int(total * warmup)
     return (step + 1) / rise if step < rise else (total - step) / max(total - rise, 1)
+
+
+def _tell(model: torch.nn.Module, done: float) -> None:
+    """A loss with a schedule (a Distiller's) goes by the share of the run that is done."""
+    inner = getattr(model, "module", model)  # DistributedDataParallel holds it there
+    if hasattr(inner, "progress"):
+        inner.progress = done
 
 
 def _step(
