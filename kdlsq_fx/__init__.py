@@ -17,6 +17,10 @@ _WHERE = {
     "scale_report": "calibration",
     "compare": "comparison",
     "distill": "distillation",
+    "Cache": "kd_cache",
+    "build_cache": "kd_cache_build",
+    "Compression": "compression",
+    "Loss": "kd_named",
     "Tap": "distillation",
     "match_graphs": "matching",
     "graph_pass": "pipeline",
@@ -28,12 +32,16 @@ _WHERE = {
     "KdlsqError": "errors",
 }
 __all__ = [
+    "Cache",
+    "Compression",
     "KdlsqError",
+    "Loss",
     "QConfig",
     "QSpec",
     "Rule",
     "Tap",
     "Trace",
+    "build_cache",
     "calibrate",
     "compare",
     "convert",
@@ -53,8 +61,12 @@ if TYPE_CHECKING:
     from .api import convert, export_onnx, freeze_qat, from_pretrained, prepare_qat
     from .calibration import calibrate, param_groups, scale_report
     from .comparison import compare
+    from .compression import Compression
     from .distillation import Tap, distill
     from .errors import KdlsqError
+    from .kd_cache import Cache
+    from .kd_cache_build import build_cache
+    from .kd_named import Loss
     from .matching import match_graphs
     from .pipeline import Trace, graph_pass
     from .qconfig import QConfig, QSpec, Rule, preset

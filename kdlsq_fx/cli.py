@@ -1,4 +1,4 @@
-"""The command line: ``kdlsq-fx train | convert | export | eval | inspect | demo``.
+"""The command line: ``kdlsq-fx train | cache | convert | export | eval | inspect | demo``.
 
 Exit codes: 0 done, 1 something handed in is wrong (said in a line or two), 2 wrong usage, 130 stopped by Ctrl-C.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdlsq_fx import kg_cli
+from kdlsq_fx import cli_cache, kg_cli
 from kdlsq_fx.errors import CheckpointError, ConfigError, InputError, KdlsqError
 
 TARGETS = ("ort-cpu", "spec", "integer")  # those of backends/onnx_dialects.py, which takes long to import
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         prog="kdlsq-fx", description="Quantize BERT-family models: train, convert, export, run."
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_train, _convert, _export, _eval, _inspect, _demo):
+    for add in (_train, cli_cache.add, _convert, _export, _eval, _inspect, _demo):
         add(commands)
     return top
 
@@ -97,6 +97,7 @@ def _train(commands: Any) -> None:
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the matrix products in training")
     kg_cli.add_train_options(p)
     p.add_argument("--no-teacher", action="store_true", help="train on the labels alone (plain QAT)")
+    cli_cache.add_training(p)
     p.add_argument("--gold", action="store_true", help="add the labels' own loss to the distillation")
     p.add_argument("--target", default="ort-cpu", choices=TARGETS, help="what the ONNX file is for")
 
@@ -127,7 +128,7 @@ def run_train(args: argparse.Namespace) -> int:
         start if args.teacher is None else opening.load_classifier(args.teacher, dataset.task, seed=args.seed).eval()
     )
     settings = job.Settings(epochs=args.epochs, lr=args.lr, **shared)
-    recipe = job.Recipe(settings=settings, teacher=not args.no_teacher, gold=args.gold)
+    recipe = job.Recipe(settings=settings, gold=args.gold, **cli_cache.recipe_of(args, tokenizer))
     kept = args.out / "fp32" if args.teacher is None else Path(args.teacher)
     size = job.weight_bytes(kept if kept.is_dir() else Path(source))
     rows = [measure("fp32", "fp32", teacher, dataset, size=size)]

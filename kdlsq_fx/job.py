@@ -26,7 +26,7 @@ from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.files import INFO
 from kdlsq_fx.opening import is_classifier, load_classifier
 from kdlsq_fx.qconfig import QConfig, QSpec
-from kdlsq_fx.train import Fit, fit
+from kdlsq_fx.train import Fit, Source, fit
 
 CALIBRATION_BATCHES = 16
 
@@ -47,13 +47,15 @@ class Settings:
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a student is made: its training, the learning rates of its scales (None: the quantizer's default), whether
-    there is a teacher, and whether gold labels join the loss. ``begin_with`` names a preset whose student it starts
-    from: weights and their scales; activations are calibrated anew."""
+    there is a teacher, and whether gold labels join the loss. ``distil``: keywords of ``distill``. ``cache``: a folder
+    of targets that takes the teacher's place. ``begin_with`` names a preset whose student it starts from: weights and
+    their scales; activations are calibrated anew."""
 
     settings: Settings = Settings(epochs=1)
     scales: dict[str, float] | None = None
     distil: dict[str, Any] | None = None
     teacher: bool = True
+    cache: str = ""
     gold: bool = False
     dropout: float | None = None
     begin_with: str = ""
@@ -100,6 +102,7 @@ def student(
     from kdlsq_fx.api import from_pretrained
     from kdlsq_fx.calibration import param_groups
     from kdlsq_fx.distillation import distill
+    from kdlsq_fx.kd_cache import Cache
 
     folder = out / preset / "qat"
     if (folder / INFO).is_file():
@@ -111,13 +114,19 @@ def student(
             if isinstance(module, torch.nn.Dropout):
                 module.p = recipe.dropout
     loop: torch.nn.Module = qat
-    if recipe.teacher:
-        weights: dict[str, Any] = {"gold": 1.0 if recipe.gold else 0.0, **(recipe.distil or {})}
-        loop = distill(qat, teacher, **weights)
+    source: Source = dataset.train
+    if recipe.teacher or recipe.cache:
+        weights: dict[str, Any] = ({"gold": 1.0} if recipe.gold else {}) | (recipe.distil or {})
+        if recipe.cache:
+            cache = Cache.open(recipe.cache)
+            source = cache.source(dataset.train, tokenizer)
+            loop = distill(qat, cache=cache, **weights)
+        else:
+            loop = distill(qat, teacher, **weights)
     loop.to(dataset.device)
     groups = param_groups(loop, lr=settings.lr, **(recipe.scales or {}))
     title = f"{preset} {dataset.task.name}"
-    done = fit(loop, dataset.train, out_dir=out / preset / "run", groups=groups, title=title, **vars(settings))
+    done = fit(loop, source, out_dir=out / preset / "run", groups=groups, title=title, **vars(settings))
     loop.cpu()
     qat.eval()
     qat.save_pretrained(folder, tokenizer)

@@ -83,7 +83,7 @@ def _index(
         "data": data.fingerprint,
         "tokenizer": "" if tokenizer is None else tokenizer_hash(tokenizer),
         "teacher": _weights_hash(teacher),
-        "loss": replace(kd.loss, **kd.weights).to_dict(),  # without terms that this model has not
+        "loss": kd.loss.changed(kd.weights).to_dict(),  # without terms that this model has not
         "taps": [asdict(tap) for tap in kd.taps],
         "widths": [_width(v.values, a if v.positions is None else (1,)) for v, a in zip(probe.taps, teacher.axes)],
         "store": store,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -60,7 +61,7 @@ class Loss:
         first = term in ("hidden", "attention", "pooled")
         return self.schedule == "joint" or first == (progress < self.share)
 
-    def changed(self, changes: dict[str, Any]) -> Loss:
+    def changed(self, changes: Mapping[str, Any]) -> Loss:
         """With other fields; ConfigError for a name that is none."""
         names = [f.name for f in fields(self)]
         wrong = [name for name in changes if name not in names]

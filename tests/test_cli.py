@@ -17,7 +17,7 @@ import kdlsq_fx as kq
 from kdlsq_fx import checkpoint, job
 from kdlsq_fx.cli import main
 
-COMMANDS = ("train", "convert", "export", "eval", "inspect", "demo")
+COMMANDS = ("train", "cache", "convert", "export", "eval", "inspect", "demo")
 QUICK = ["--fp32-epochs", "2", "--fp32-lr", "3e-3", "--epochs", "1", "--lr", "1e-3", "--batch-size", "16"]
 
 

@@ -1,0 +1,122 @@
+"""Losses by name against the formulas of each release, written here from Hugging Face's outputs; schedules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import batch
+from test_distillation import expected_loss, pair, scores_of
+
+from kdlsq_fx.compression import Compression
+from kdlsq_fx.distillation import distill
+from kdlsq_fx.errors import ConfigError, InputError
+from kdlsq_fx.kd_named import LOSSES, Loss, named_loss
+from kdlsq_fx.train import fit
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", ["kdlsq", "kdlsq-release", "ternarybert", "ternarybert-release"])
+def test_classification(name: str) -> None:
+    student, teacher, *both = pair()
+    padding = "paper" if name.endswith("release") else "exclude"
+    want = expected_loss(student, teacher, batch(), padding)
+    assert distill(*both, loss=name).eval()(**batch()).loss.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_one_output_learns_from_the_label_or_from_the_teacher(name: str) -> None:
+    student, teacher, *both = pair(num_labels=1)
+    kd = distill(*both, loss=name, schedule="joint").eval()
+    labels = torch.tensor([1.0, -2.0, 0.5, 4.0])
+    ours = student(**batch()).logits
+    gold = name in ("kdlsq-release", "hsk-release")
+    want = F.mse_loss(ours.squeeze(), labels) if gold else F.mse_loss(ours, teacher(**batch()).logits)
+    got = kd(**batch(), labels=labels).parts["logits"]
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    if gold:
+        with pytest.raises(InputError, match="no labels"):
+            kd(**batch())
+
+
+def test_kdlsqs_release_multiplies_the_spans_by_100() -> None:
+    student, teacher, *both = pair("ForQuestionAnswering")
+    a, b = student(**batch()), teacher(**batch())
+    want = torch.zeros(())
+    for s, t in ((a.start_logits, b.start_logits), (a.end_logits, b.end_logits)):
+        want = want - 100 * (t.softmax(-1) * s.log_softmax(-1)).mean()
+    kd = distill(*both, loss="kdlsq-release").eval()
+    assert kd(**batch()).parts["logits"].item() == pytest.approx(want.item(), rel=1e-5)
+    plain = distill(*both, loss="ternarybert-release").eval()
+    assert plain(**batch()).parts["logits"].item() == pytest.approx(want.item() / 100, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hsk", "hsk-release"])
+def test_hidden_state_knowledge_of_all_layers(name: str) -> None:
+    student, teacher, *both = pair()
+    data = batch()
+    kd = distill(*both, loss=name).train()
+    kd.student.eval()  # no dropout, but the schedule runs
+    ours, theirs = (m(**data, output_hidden_states=True) for m in (student, teacher))
+    lengths = data["attention_mask"].sum(1).tolist()
+    hidden = 0.0
+    for a, b in zip(ours.hidden_states, theirs.hidden_states):
+        if name == "hsk-release":
+            hidden += F.mse_loss(a, b).item()
+        else:
+            hidden += sum(F.mse_loss(a[i, :n], b[i, :n]).item() for i, n in enumerate(lengths)) / 4
+    kd.progress = 0.0
+    first = kd(**data)
+    assert set(first.parts) == {"hidden"} and first.loss.item() == pytest.approx(hidden, rel=1e-5)
+    kd.progress = 0.8
+    second = kd(**data)
+    want = -(theirs.logits.softmax(-1) * ours.logits.log_softmax(-1)).mean()
+    assert set(second.parts) == {"logits"} and second.loss.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_hsks_release_compresses_as_its_code_does() -> None:
+    """Top layer, 3 tokens of 9 by attention without [SEP], one threshold for a batch, means over fillers too."""
+    student, teacher, *both = pair()
+    data = batch()
+    data["input_ids"][:, 2] = 3
+    compress = Compression(depth=1, length=3, width=0.25, features="magnitude-batch", separator=3)
+    kd = distill(*both, loss="hsk-release", compress=compress, schedule="joint", logits=0).eval()
+    theirs, scores = scores_of(teacher, data)
+    row = scores[-1].softmax(-1)[:, :, 0].mean(1)
+    row[data["input_ids"] == 3] = -1e4
+    at = row.topk(3, dim=1).indices
+    pick = torch.arange(4).unsqueeze(1), at
+    a = student(**data, output_hidden_states=True).hidden_states[-1][pick]
+    b = theirs.hidden_states[-1][pick]
+    mask = b.abs() >= b.abs().flatten().sort(descending=True).values[b.numel() // 4 - 1]
+    assert kd(**data).loss.item() == pytest.approx(F.mse_loss(a, b * mask).item(), rel=1e-5)
+
+
+def test_fit_tells_the_schedule(tmp_path: Any) -> None:
+    from test_kd_cache import data, live
+
+    kd = live(loss="hsk", share=0.25)
+    fit(kd, data(8), out_dir=tmp_path, steps=8, lr=0.0, batch_size=4)
+    lines = (tmp_path / "log.tsv").read_text().splitlines()[1:]
+    assert ["hidden" in line for line in lines] == [True] * 2 + [False] * 6
+
+
+def test_a_loss_is_written_down_and_read_again() -> None:
+    made = Loss(compress=Compression.parse("1l_10t_0.1h", separator=102), schedule="two-stage", temperature=2.0)
+    assert Loss.from_dict(made.to_dict()) == made
+    assert Loss.from_dict(Loss().to_dict()) == Loss() and named_loss(made) is made
+    assert Loss(compress="2t").compress == Compression(length=2)  # type: ignore[arg-type]
+
+
+def test_mistakes_are_told() -> None:
+    both = pair()[2:]
+    with pytest.raises(ConfigError, match="no loss 'kd'"):
+        distill(*both, loss="kd")
+    with pytest.raises(ConfigError, match="no 'hiden'"):
+        distill(*both, hiden=1.0)
+    for wrong in ({"schedule": "late"}, {"share": 1.0}, {"regression": "none"}):
+        with pytest.raises(ConfigError):
+            distill(*both, **wrong)
