@@ -19,7 +19,7 @@ QUICK = ["--qconfig", "W8E8A8", "--epochs", "2", "--lr", "1e-3", "--batch-size",
 
 
 def test_the_names_are_those_of_the_library() -> None:
-    assert (cli_cache.LOSSES, cli_cache.TOKENS, cli_cache.FEATURES) == (tuple(LOSSES), TOKENS, FEATURES)
+    assert (tuple(LOSSES), TOKENS, FEATURES) == (cli_cache.LOSSES, cli_cache.TOKENS, cli_cache.FEATURES)
 
 
 def test_a_student_trained_on_a_cache_is_the_one_trained_with_the_teacher(
