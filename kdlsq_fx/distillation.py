@@ -110,7 +110,7 @@ class Distiller(nn.Module):
         ids = kwargs.pop("example_id", None)
         labels, inputs = self.student.split(*args, **kwargs)
         weights = self._weights_now()
-        wanted = self.targets.wanted({**kwargs, **inputs, "example_id": ids})
+        wanted = self.targets.wanted({**kwargs, "example_id": ids}, inputs)
         flat, values = self._unregistered[1](*(inputs[n] for n in self.student.input_names))
         fields = dict(zip(output_names(self.student), flat))
         weight = token_weight(inputs, self.loss.padding)

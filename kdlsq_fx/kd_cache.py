@@ -136,15 +136,17 @@ class Cache:
                 what = f"the student's value has shape {shape}, the cached teacher is {width} wide"
                 raise ConfigError(what, where=tap.student, do="make a cache for this student")
 
-    def wanted(self, given: dict[str, Any]) -> Wanted:
+    def wanted(self, given: dict[str, Any], inputs: dict[str, torch.Tensor]) -> Wanted:
         """Targets of the rows ``given["example_id"]``. InputError without it, or where a row's tokens are others."""
         if given.get("example_id") is None:
             do = "train on cache.source(data), or give every batch the numbers of its rows"
             raise InputError("the batch has no example_id, so its targets cannot be found", do=do)
-        ids = given["input_ids"]
-        mask = given.get("attention_mask", torch.ones_like(ids)).cpu().numpy() != 0
-        rows = [self._row(int(i)) for i in given["example_id"].tolist()]
-        for number, row, tokens, real in zip(given["example_id"].tolist(), rows, ids.cpu().numpy(), mask):
+        both = {**inputs, **{k: v for k, v in given.items() if v is not None}}  # the caller's lie on the host
+        ids = both["input_ids"].cpu().numpy()
+        mask = both["attention_mask"].cpu().numpy() != 0 if "attention_mask" in both else np.ones(ids.shape, bool)
+        numbers = given["example_id"].tolist()
+        rows = [self._row(int(i)) for i in numbers]
+        for number, row, tokens, real in zip(numbers, rows, ids, mask):
             if int(row["crc"]) != token_hash(tokens[real]):
                 what = f"example {number} has other tokens than the one the cache was made for"
                 raise InputError(
@@ -152,7 +154,7 @@ class Cache:
                 )
         return decode(
             rows, self.fields, len(self.taps), self.index["widths"], self.loss.compress,
-            mask.argmax(1).tolist(), ids.shape[1], ids.device,
+            mask.argmax(1).tolist(), ids.shape[1], inputs["input_ids"].device,
         )  # fmt: skip
 
     def move(self, fn: Callable[..., Any], recurse: bool = True) -> None:

@@ -162,8 +162,7 @@ def _by_length(data: Encoded, numbers: Array, batch_size: int) -> Iterator[Array
 
 def _run(kd: Distiller, teacher: Teacher, data: Encoded, rows: Array) -> Wanted:
     """The teacher's targets of some rows, without outputs of no weight."""
-    batch = {k: v.to(kd.device) for k, v in data.batch(rows, labels=False).items()}
-    found = teacher.wanted(batch)
+    found = teacher.wanted({}, kd.student.split(**data.batch(rows, labels=False))[1])
     kept = {k: v for k, v in found.outputs.items() if kd.weights["pooled" if k == "pooled" else "logits"]}
     return replace(found, outputs=kept)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .compression import Compression, Kept
+from .devices import moved
 from .errors import InputError
 from .kd_targets import Wanted
 
@@ -140,9 +141,9 @@ def decode(
     batch = {name: _filled([r[name] for r in rows], f, first, length) for name, f in fields.items()}
     kept = []
     for i in range(taps):
-        values = batch[f"tap{i}.values"].to(device).float()
+        values = moved(batch[f"tap{i}.values"], device).float()
         if f"tap{i}.scales" in batch:
-            values = values * batch[f"tap{i}.scales"].to(device).unsqueeze(-1)
+            values = values * moved(batch[f"tap{i}.scales"], device).unsqueeze(-1)
         if f"tap{i}.positions" not in batch:
             kept.append(Kept(values))
             continue
@@ -150,9 +151,11 @@ def decode(
         here = batch[f"tap{i}.positions"].long() + torch.tensor(first).unsqueeze(1)
         count = torch.tensor([len(r[f"tap{i}.positions"]) for r in rows])
         real = (torch.arange(here.shape[1]) < count.unsqueeze(1)).float()
-        positions = torch.where(real > 0, here, 0).to(device)
-        kept.append(_spread(values, positions, real.to(device), i, widths[i], batch.get(f"tap{i}.features"), compress))
-    return Wanted(tuple(kept), {k: v.to(device) for k, v in batch.items() if not k.endswith(PARTS)})
+        positions = moved(torch.where(real > 0, here, 0), device)
+        kept.append(
+            _spread(values, positions, moved(real, device), i, widths[i], batch.get(f"tap{i}.features"), compress)
+        )
+    return Wanted(tuple(kept), {k: moved(v, device) for k, v in batch.items() if not k.endswith(PARTS)})
 
 
 def _spread(
@@ -165,7 +168,7 @@ def _spread(
     fixed = compress.fixed_features(tap, width)
     at = fixed.expand(values.shape) if fixed is not None else numbers
     assert at is not None
-    at = at.long().to(values.device)
+    at = moved(at.long(), values.device)
     whole = torch.zeros(*values.shape[:-1], width, device=values.device)
     features = torch.zeros_like(whole, dtype=torch.bool).scatter_(-1, at, True)
     return Kept(whole.scatter_(-1, at, values), positions, features, real)

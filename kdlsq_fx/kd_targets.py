@@ -34,8 +34,9 @@ class Wanted:
 class Targets(Protocol):
     """What a Distiller asks for the teacher's side."""
 
-    def wanted(self, given: dict[str, Any]) -> Wanted:
-        """The targets of a batch. ``given``: everything the caller handed in, the student's defaults filled in."""
+    def wanted(self, given: dict[str, Any], inputs: dict[str, torch.Tensor]) -> Wanted:
+        """The targets of a batch. ``given``: what the caller handed in, where it lies; ``inputs``: the student's inputs
+        with defaults filled in, on its device."""
 
     def move(self, fn: Callable[..., Any], recurse: bool = True) -> None:
         """Follow ``.to(device)``, ``.double()`` and the like of the student."""
@@ -56,8 +57,8 @@ class Teacher:
         self.graph = with_taps(model.gm, [*nodes, *self.scores.values()])
 
     @torch.no_grad()
-    def wanted(self, given: dict[str, Any]) -> Wanted:
-        own = {k: v for k, v in given.items() if k in self.model.input_names and v is not None}
+    def wanted(self, given: dict[str, Any], inputs: dict[str, torch.Tensor]) -> Wanted:
+        own = {k: v for k, v in {**given, **inputs}.items() if k in self.model.input_names and v is not None}
         inputs = self.model.fill(own, values=not self.checked)
         flat, values = self.graph(*(inputs[n] for n in self.model.input_names))
         fields = dict(zip(output_names(self.model), flat))

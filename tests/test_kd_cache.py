@@ -103,8 +103,8 @@ def test_padding_on_the_left_and_more_of_it(tmp_path: Path) -> None:
         for k in ("input_ids", "attention_mask"):
             moved[k][r] = batch[k][r].roll(batch[k].shape[1] - n)
     # positions move with the padding, so the models see another input; what must agree is where the targets stand
-    left = again.targets.wanted(moved).taps[0]
-    right = again.targets.wanted(batch).taps[0]
+    left = again.targets.wanted(moved, moved).taps[0]
+    right = again.targets.wanted(batch, batch).taps[0]
     shift = batch["attention_mask"].shape[1] - batch["attention_mask"].sum(1, keepdim=True)
     assert left.positions is not None and right.positions is not None and right.real is not None
     assert torch.equal(left.positions, torch.where(right.real > 0, right.positions + shift, 0))
