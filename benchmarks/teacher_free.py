@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -168,7 +168,7 @@ def scores(task: str, seed: int, args: argparse.Namespace) -> None:
     source = opening.model_source("minilm")
     tokenizer = opening.load_tokenizer(source)
     dataset = data.load(args.data / task, tokenizer)
-    dataset = data.replace(dataset, device=device)
+    dataset = replace(dataset, device=device)
     out = args.runs / f"{task}-s{seed}"
     fp32 = job.Settings(epochs=5, lr=5e-5, seed=seed, warmup=0.1, clip=1.0)
     teacher = job.fine_tune(source, dataset, tokenizer, out=out, settings=fp32)
