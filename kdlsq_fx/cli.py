@@ -99,6 +99,8 @@ def _train(commands: Any) -> None:
     p.add_argument("--no-teacher", action="store_true", help="train on the labels alone (plain QAT)")
     cli_cache.add_training(p)
     p.add_argument("--gold", action="store_true", help="add the labels' own loss to the distillation")
+    text = "files or folders whose texts the student also follows its teacher on; their labels are not read"
+    p.add_argument("--more", nargs="+", default=[], metavar="DATA", help=text)
     p.add_argument("--target", default="ort-cpu", choices=TARGETS, help="what the ONNX file is for")
 
 
@@ -129,6 +131,7 @@ def run_train(args: argparse.Namespace) -> int:
     )
     settings = job.Settings(epochs=args.epochs, lr=args.lr, **shared)
     recipe = job.Recipe(settings=settings, gold=args.gold, **cli_cache.recipe_of(args, tokenizer))
+    learned = job.with_texts(dataset, args.more, tokenizer, recipe) if args.more else dataset
     kept = args.out / "fp32" if args.teacher is None else Path(args.teacher)
     size = job.weight_bytes(kept if kept.is_dir() else Path(source))
     rows = [measure("fp32", "fp32", teacher, dataset, size=size)]
@@ -136,9 +139,10 @@ def run_train(args: argparse.Namespace) -> int:
     for name, qconfig in chosen.items():
         own = None if name in args.qconfig else qconfig  # a preset by its name, or rules from a file
         mine = {"recipe": asdict(recipe), "teacher": args.teacher, "target": args.target, "qconfig": qconfig.to_dict()}
+        mine |= {"more": learned.train.fingerprint} if args.more else {}
         belongs_to(make_folder(args.out / name), mine)
         for row in job.preset_rows(
-            start, teacher, dataset, tokenizer, name, out=args.out, recipe=recipe, target=args.target, qconfig=own,
+            start, teacher, learned, tokenizer, name, out=args.out, recipe=recipe, target=args.target, qconfig=own,
             skip=kg_cli.skipped(args), measure=measure,
         ):  # fmt: skip
             say(f"{row.preset} {row.model} {row.scores['headline']:.2f}")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kdlsq_fx.errors import InputError
-from kdlsq_fx.rows import Rows, read
+from kdlsq_fx.rows import Rows, find_split, read, read_file
 
 WINDOW = 50  # batches per length-sorting window: wide enough to waste almost no padding, narrow enough to stay random
 
@@ -78,6 +78,19 @@ class Encoded:
         rows = min(rows, len(self))
         labels = None if self.labels is None else self.labels[:rows]
         return replace(self, starts=self.starts[: rows + 1], labels=labels)
+
+    def joined(self, other: Encoded) -> Encoded:
+        """These rows, then those of ``other``, without labels: what a teacher alone can be learned from."""
+        if (self.types is None) != (other.types is None) or self.pad_id != other.pad_id:
+            raise InputError("rows of two tokenizers cannot be joined", do="encode both with one tokenizer")
+        a, b = self.starts[-1], other.starts[-1]
+        types = None
+        if self.types is not None and other.types is not None:
+            types = np.concatenate([self.types[:a], other.types[:b]])
+        ids = np.concatenate([self.ids[:a], other.ids[:b]])
+        return replace(
+            self, ids=ids, types=types, starts=np.concatenate([self.starts, a + other.starts[1:]]), labels=None
+        )
 
     def batch(self, rows: Sequence[int] | np.ndarray, *, labels: bool = True) -> dict[str, torch.Tensor]:
         """Rows as a batch padded to the longest of them: input_ids, attention_mask[, token_type_ids, labels],
@@ -185,9 +198,21 @@ def targets(rows: Rows, task: Task) -> np.ndarray:
     return np.asarray(out, dtype=np.float32 if task.regression else np.int64)
 
 
+def load_texts(source: str | Path, task: Task, tokenizer: Any, *, limit: int | None = None) -> Encoded:
+    """Texts without labels for a teacher to label: a file, or the train split of a folder, whatever its own task was.
+
+    ``limit``: at most so many rows, the first ones. Raises :class:`InputError` for a file that cannot be read.
+    """
+    path = Path(source)
+    rows = read_file(find_split(path, "train") if path.is_dir() else path, labelled=False)
+    first, second = rows.first[:limit], None if rows.second is None else rows.second[:limit]
+    return encode(replace(rows, first=first, second=second, target=[]), task, tokenizer)
+
+
 def encode(rows: Rows, task: Task, tokenizer: Any) -> Encoded:
-    """Tokenize all rows at once; longer ones are cut to ``task.max_length`` (longest text first)."""
-    labels = targets(rows, task)
+    """Tokenize all rows at once; longer ones are cut to ``task.max_length`` (longest text first). No targets, no
+    labels."""
+    labels = targets(rows, task) if rows.target else None
     pairs = () if rows.second is None else (rows.second,)
     got = tokenizer(rows.first, *pairs, truncation=True, max_length=task.max_length, padding=False)
     starts = np.zeros(len(rows) + 1, dtype=np.int64)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 
 from kdlsq_fx import data as kd_data
 from kdlsq_fx import metrics
-from kdlsq_fx.errors import InputError
+from kdlsq_fx.errors import ConfigError, InputError
 from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.files import INFO
 from kdlsq_fx.opening import is_classifier, load_classifier
@@ -134,6 +134,20 @@ def student(
     return qat, done
 
 
+def with_texts(dataset: kd_data.Dataset, sources: Sequence[str | Path], tokenizer: Any, recipe: Recipe) -> Any:
+    """The data set with more texts in train, which only the teacher labels: files or folders (data.load_texts). No
+    labels are used then, so ConfigError for a recipe without a teacher or with gold labels."""
+    if not recipe.teacher or recipe.gold or recipe.cache:
+        do = "train with a running teacher and without the labels' own loss"
+        raise ConfigError("texts without labels can only be learned from a teacher", where="more texts", do=do)
+    train = dataset.train
+    if not isinstance(train, kd_data.Encoded):
+        raise ConfigError(f"{dataset.task.name} takes no more texts", do="leave them away")
+    for source in sources:
+        train = train.joined(kd_data.load_texts(source, dataset.task, tokenizer))
+    return replace(dataset, train=train)
+
+
 def trained(out: Path, preset: str) -> Any:
     """The finished student of a preset in ``out``, or None for no preset."""
     from kdlsq_fx.api import from_pretrained
@@ -149,14 +163,16 @@ def calibrated(
     *,
     begin_with: Any = None,
 ) -> Any:
-    """``start`` with quantizers whose scales come from a few random batches of train; with a ``-minmax`` preset this
-    is already the PTQ baseline. ``begin_with``: another student of the same model, whose weights it takes."""
+    """``start`` with quantizers whose scales come from a few random batches of train, on the data set's device; with a
+    ``-minmax`` preset this is already the PTQ baseline. ``begin_with``: another student of the same model, whose
+    weights it takes."""
     from kdlsq_fx.api import prepare_qat
     from kdlsq_fx.calibration import calibrate
 
     qat = prepare_qat(start, preset)
     if begin_with is not None:
         _take_weights(qat, begin_with)
+    qat.to(dataset.device)
     batches = dataset.train.sample(CALIBRATION_BATCHES, batch_size=settings.batch_size, seed=settings.seed)
     calibrate(qat, batches)
     return qat.eval()

@@ -62,11 +62,12 @@ def find_split(folder: Path, split: str) -> Path:
     return found[0]
 
 
-def read_file(path: Path) -> Rows:
-    """One TSV or JSONL file, gzipped or not; nothing is quoted, a ``"`` is a plain character."""
+def read_file(path: Path, *, labelled: bool = True) -> Rows:
+    """One TSV or JSONL file, gzipped or not; nothing is quoted, a ``"`` is a plain character. Where it is not
+    ``labelled`` only the text columns are read, and every target is empty."""
     lines = read_lines(path)
     rows = parse_json(lines, path) if ".jsonl" in path.suffixes else parse_tsv(lines, path)
-    return to_rows(rows, str(path))
+    return to_rows(rows, str(path), labelled=labelled)
 
 
 def read_lines(path: Path) -> list[str]:
@@ -104,25 +105,25 @@ def parse_json(lines: list[str], path: Path) -> Iterator[tuple[int, dict[str, An
         yield number, row
 
 
-def to_rows(numbered: Iterator[tuple[int, dict[str, Any]]], source: str) -> Rows:
-    """Pick the text and target columns; every row must have them."""
+def to_rows(numbered: Iterator[tuple[int, dict[str, Any]]], source: str, *, labelled: bool = True) -> Rows:
+    """Pick the text columns, and the target column where rows are ``labelled``; every row must have them."""
     found = list(numbered)
     if not found:
         raise InputError("no rows", where=source, do="a header line and at least one row are needed")
     keys = found[0][1].keys()
     columns = next((c for c in TEXT_COLUMNS if all(k in keys for k in c)), None)
-    target = next((c for c in ("score", "label") if c in keys), None)
+    target = next((c for c in ("score", "label") if c in keys), None) if labelled else ""
     if columns is None or target is None:
-        do = "name the columns sentence[, sentence2] and label (classes) or score (a number)"
+        do = "name the columns sentence[, sentence2]" + (" and label (classes) or score (a number)" if labelled else "")
         raise InputError(f"columns are {', '.join(map(repr, keys))}", where=source, do=do)
     for number, row in found:
         bad = [c for c in columns if not isinstance(row.get(c), str) or not row[c].strip()]
-        if bad or row.get(target) is None:
+        if bad or (target and row.get(target) is None):
             raise InputError(
                 f"no {bad[0] if bad else target}", where=f"{source}:{number}", do="fill it or drop the row"
             )
     texts = [[row[c] for _, row in found] for c in columns]
-    targets = [str(row[target]).strip() for _, row in found]
+    targets = [str(row[target]).strip() if target else "" for _, row in found]
     return Rows(texts[0], texts[1] if len(texts) > 1 else None, targets, target, source, [n for n, _ in found])
 
 

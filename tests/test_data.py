@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tiny_glue import tokenizer, write_sst
 
-from kdlsq_fx import data, metrics, rows
-from kdlsq_fx.errors import InputError
+from kdlsq_fx import data, job, metrics, rows
+from kdlsq_fx.errors import ConfigError, InputError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -168,6 +168,29 @@ def test_scoring_bad_predictions() -> None:
         metrics.score(data.GLUE["stsb"], np.array([1.0, np.nan]), np.array([1.0, 2.0]))
     with pytest.raises(InputError, match="1 predictions for 2 labels"):
         metrics.score(data.GLUE["sst2"], np.array([1]), np.array([1, 0]))
+
+
+def test_more_texts_join_train_without_any_label(tmp_path: Path) -> None:
+    write_sst(tmp_path / "sst2")
+    words = tokenizer()
+    own = data.load(tmp_path / "sst2", words)
+    bare = write(tmp_path / "texts.jsonl", '{"sentence": "good story"}\n{"sentence": "bad"}\n')  # no label column
+    recipe = job.Recipe()
+    joined = job.with_texts(own, [bare, tmp_path / "sst2"], words, recipe).train
+    assert len(joined) == 2 * len(own.train) + 2 and joined.labels is None
+    alone = data.load_texts(bare, own.task, words)
+    n = len(own.train)
+    got, want = joined.batch([0, n, n + 1]), (own.train.batch([0]), alone.batch([0, 1]))
+    assert "labels" not in got and "labels" not in want[1]
+    ids = got["input_ids"]
+    assert ids[0][got["attention_mask"][0] > 0].tolist() == want[0]["input_ids"][0].tolist()
+    assert ids[1][: want[1]["input_ids"].shape[1]].tolist() == want[1]["input_ids"][0].tolist()
+    assert len(data.load_texts(bare, own.task, words, limit=1)) == 1
+    for wrong in (job.Recipe(gold=True), job.Recipe(teacher=False)):
+        with pytest.raises(ConfigError, match="only be learned from a teacher"):
+            job.with_texts(own, [bare], words, wrong)
+    with pytest.raises(InputError, match="columns are 'words'"):
+        data.load_texts(write(tmp_path / "no.jsonl", '{"words": "good"}\n'), own.task, words)
 
 
 @pytest.mark.data
