@@ -38,8 +38,8 @@ figure for W2E2 of BERT-base is 28.0 MiB, and no file. `folder`: the sum of its 
 counts. Then the folder by parts: packed codes, constants that are not packed (biases, LayerNorms, float heads, tables
 of 256 entries, 8-bit codes), the header of the safetensors file, `program.json`, `config.json` and `kdlsq.json`, and
 `run_int.py`. `entropy`: bits a code of the weights and tables, order 0, tensor by tensor. Unpacking in MB/s of
-fp32-equivalent weights. `ONNX`: the file of `target="ort-cpu"`, where 3 bits take 4 and 5 to 7 take 8; `-int` presets are
-not for it.
+fp32-equivalent weights. `ONNX`: the file of `target="ort-cpu"`, where 3 bits take 4 and 5 to 7 take 8;
+`-int` presets are not for it.
 """
 
 
