@@ -23,6 +23,7 @@ from ..qconfig import QConfig
 from ..range_analysis import Ranges, analyse_ranges
 from ..report import columns
 from ..saving import versions
+from ..summary import Summary, summarize_int
 from .reference import ReferenceModel
 
 BACKENDS = ("reference", "torch")
@@ -60,6 +61,10 @@ class IntModel(QuantModel):
     def bounds(self) -> Ranges:
         """What every integer can be and how large accumulators and intermediates get; ``print`` shows a table."""
         return analyse_ranges(self.gm, longest=self._limits[1] or None)
+
+    def summary(self) -> Summary:
+        """Sizes before and after, what runs on integers, and what stays float and why; ``print`` shows a table."""
+        return summarize_int(self.gm, int(self.gm.meta.get("float_bytes", 0)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         labels, inputs = self.split(*args, **kwargs)

@@ -15,6 +15,8 @@ from torch import fx
 
 from ..errors import CheckpointError, ConfigError
 from ..files import make_folder, write_atomic
+from ..summary import Summary
+from .kernels import KernelReport
 from .onnx_dialects import dialect_of, opset_for
 from .onnx_emitter import Cut, Emitter, op_name
 from .onnx_grids import GridBuilder
@@ -25,7 +27,8 @@ LIMIT = 2**31 - 1  # bytes of one protobuf message
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written. ``cuts`` is empty unless the file shows its codes."""
+    """What was written. ``cuts`` is empty unless the file shows its codes; ``kernels`` is what the target's runtime
+    chose for the matrix products, None where it was not asked; ``summary``: sizes, what runs in int8, what does not."""
 
     path: Path
     target: str
@@ -36,12 +39,13 @@ class ExportReport:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     cuts: tuple[Cut, ...] = ()
+    kernels: KernelReport | None = None
+    summary: Summary | None = None
 
     def __str__(self) -> str:
         size = f"{self.bytes / 2**20:.1f} MiB"
-        return (
-            f"{self.path}: {self.target}, opset {self.opset}, {self.nodes} nodes, {self.quantizers} quantizers, {size}"
-        )
+        made = f"{self.target}, opset {self.opset}, {self.nodes} nodes, {self.quantizers} quantizers, {size}"
+        return f"{self.path}: {made}" + (f"\n{self.summary}" if self.summary is not None else "")
 
 
 def export(
@@ -74,9 +78,10 @@ def export(
     if stage not in ("float", "qdq"):
         raise ConfigError(f"a {stage} graph has no ONNX form", do="export a float or qdq graph")
     dialect = dialect_of(target)
-    emitter = Emitter(gm, dialect, shown, cut, GridBuilder(for_onnxruntime=dialect.unsigned, packed=dialect.packed))
+    builder = GridBuilder(fused_dense=dialect.fused_dense, subbyte=dialect.subbyte, packed=dialect.packed)
+    emitter = Emitter(gm, dialect, shown, cut, builder)
     emitter.run(list(input_names), list(output_names))
-    opset = opset_for(emitter.g.nodes, emitter.g.types)
+    opset = opset_for(dialect, emitter.g.nodes, emitter.g.types)
     model = model_of(emitter, opset, {"target": target, **(metadata or {})})
     file = Path(path)
     size = write_checked(file, model)

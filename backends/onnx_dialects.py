@@ -11,28 +11,64 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from ..errors import ConfigError
+from ..errors import ConfigError, LoweringError
 from .onnx_builder import Grid
 from .onnx_grids import GridBuilder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dialect:
-    """``unsigned``: signed 8-bit activations are shifted by 128 into uint8 (lossless): ONNX Runtime's x86 kernels take
-    no other, int8 activations that several ops read fall back to floats (references: onnxruntime QDQS8ToU8).
-    ``packed``: weights and tables of 2 to 4 bits stand in ONNX's narrowest type behind a Cast (GridBuilder.stored)."""
+    """What a runtime wants; docs/targets.md has the reasons. All dialects write the quantizers that were trained.
+
+    ``unsigned``     signed 8-bit activations are shifted by 128 into uint8, which is lossless.
+    ``symmetric``    int8 codes with zero point 0 alone; what does not fit is refused.
+    ``adjacent``     every QuantizeLinear is followed by its DequantizeLinear: data movers move floats, narrow ranges
+                     are clipped as floats, codes have 8 bits or are floats. Else codes are moved and clipped, which
+                     touches a quarter of the bytes.
+    ``fused_dense``  dense layers in the forms that ONNX Runtime turns into int8 kernels (``GridBuilder.dense``).
+    ``subbyte``      weights in the narrowest integer type of ONNX: int2, int4, int8.
+    ``packed``       weights and tables of 2 to 4 bits in that type behind a Cast (``GridBuilder.stored``).
+    ``opset``        the least opset of a file.
+    """
 
     name: str
-    unsigned: bool
-    packed: bool
     why: str
+    unsigned: bool = False
+    symmetric: bool = False
+    adjacent: bool = False
+    fused_dense: bool = False
+    subbyte: bool = False
+    packed: bool = False
+    opset: int = 20
 
 
 DIALECTS = {
     d.name: d
     for d in (
-        Dialect(name="ort-cpu", unsigned=True, packed=True, why="ONNX Runtime on x86: uint8 activations, int8 weights"),
-        Dialect(name="spec", unsigned=False, packed=False, why="plain ONNX: int8 for signed ranges, else uint8"),
+        Dialect(
+            name="ort-cpu",
+            unsigned=True,
+            fused_dense=True,
+            packed=True,
+            why="ONNX Runtime on x86: uint8 activations (int8 ones that several ops read fall back to floats)",
+        ),
+        Dialect(
+            name="openvino",
+            adjacent=True,
+            why="OpenVINO on x86: QuantizeLinear and DequantizeLinear side by side become one FakeQuantize",
+        ),
+        Dialect(
+            name="tensorrt",
+            symmetric=True,
+            adjacent=True,
+            why="TensorRT: int8 with zero point 0, float biases",
+        ),
+        Dialect(
+            name="spec",
+            subbyte=True,
+            opset=25,
+            why="plain ONNX: int2 and int4 weights as such, int8 for signed ranges, uint8 for unsigned ones",
+        ),
     )
 }
 
@@ -67,14 +103,25 @@ class Container:
 def container(dialect: Dialect, zero_point: int, qmin: int, qmax: int) -> Container:
     """The type that holds ``qmin..qmax`` and the zero point; QuantizeLinear knows 8 bits, and 16 from opset 21 on."""
     signed = Container("uint8", 128) if dialect.unsigned else Container("int8")
-    for choice in (Container("uint8"), signed, Container("int16"), Container("uint16")):
+    # OpenVINO drops 16-bit pairs (its qdq_stripping), TensorRT has none: both get arithmetic on floats
+    words = () if dialect.adjacent else (Container("int16"), Container("uint16"))
+    for choice in (Container("int8"),) if dialect.symmetric else (Container("uint8"), signed, *words):
         low, high = (v - choice.offset for v in choice.limits)
         if low <= qmin and qmax <= high and low <= zero_point <= high:
             return choice
     return Container(None)
 
 
-def opset_for(nodes: Iterable[ir.Node], dtypes: Mapping[ir.Value, torch.dtype]) -> int:
+def _demand_symmetric(site: str, zero_point: int, qmin: int, qmax: int) -> None:
+    """LoweringError for 8-bit codes that TensorRT has no type for; wider ones are arithmetic on floats."""
+    if qmax - qmin > 255 or (zero_point == 0 and qmin >= -128 and qmax <= 127):
+        return
+    what = f"codes {qmin} to {qmax} with zero point {zero_point}: TensorRT has int8 with zero point 0 alone"
+    do = "train with signed codes: put Rule(site='**', op='matmul', act=QSpec(bits=8, signed=True)) in front"
+    raise LoweringError(what, where=site, do=do if zero_point == 0 else "train without an offset (no lsq+)")
+
+
+def opset_for(dialect: Dialect, nodes: Iterable[ir.Node], dtypes: Mapping[ir.Value, torch.dtype]) -> int:
     """20 has Gelu; QuantizeLinear and DequantizeLinear know 16-bit codes from 21 on.
 
     Cast knows 4-bit integers from 21 on, 2-bit ones from 25 on.
@@ -84,10 +131,10 @@ def opset_for(nodes: Iterable[ir.Node], dtypes: Mapping[ir.Value, torch.dtype]) 
     if stored & {"torch.int2", "torch.uint2"}:
         return 25
     if stored & {"torch.int4", "torch.uint4"}:
-        return 21
+        return max(dialect.opset, 21)
     codes = [v for n in nodes if n.op_type.endswith("QuantizeLinear") for v in n.outputs]
     codes += [v for n in nodes if n.op_type == "DequantizeLinear" for v in n.inputs[:1] if v is not None]
-    return 21 if any(dtypes.get(v) in (torch.int16, torch.uint16) for v in codes) else 20
+    return max(dialect.opset, 21 if any(dtypes.get(v) in (torch.int16, torch.uint16) for v in codes) else 20)
 
 
 def emit_quantize(
@@ -105,19 +152,22 @@ def emit_quantize(
     QuantizeLinear saturates at the ends of its type only, so narrower ranges are clipped. 8-bit codes are clipped as
     codes: exact, a quarter of the bytes, and the product in front still fuses with QuantizeLinear. ONNX Runtime clips
     no 16-bit integers: there the floats are clipped, which is exact too, as a bound divided by the scale is within an
-    ulp of an integer.
+    ulp of an integer. So it is where the dialect wants both nodes side by side.
     """
+    if dialect.symmetric:
+        _demand_symmetric(g.site, zero_point, qmin, qmax)
     holds = container(dialect, zero_point, qmin, qmax)
     if holds.dtype is None:
         return _quantize_in_floats(g, x, scale, zero_point, qmin, qmax, axis)
     low, high = holds.limits
     narrow = low - holds.offset < qmin or qmax < high - holds.offset
-    if narrow and not holds.is_byte:
+    as_codes = holds.is_byte and not dialect.adjacent
+    if narrow and not as_codes:
         x = _clipped(g, x, scale, qmin - zero_point, qmax - zero_point, axis)
     zero = np.full(scale.shape, zero_point + holds.offset, holds.dtype)
     attributes = {} if axis is None else {"axis": axis}
     codes = g.QuantizeLinear(x, g.constant(scale), g.constant(zero), **attributes)
-    if narrow and holds.is_byte:
+    if narrow and as_codes:
         bounds = (np.asarray(v + holds.offset, holds.dtype) for v in (qmin, qmax))
         codes = g.Clip(codes, *map(g.constant, bounds))
     return codes, Grid(scale, zero_point + holds.offset, axis, codes, holds.offset)

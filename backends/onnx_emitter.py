@@ -17,7 +17,7 @@ from ..graph import fetch, moves_data, output_args, site_of
 from ..op import Op, op_of
 from .onnx_builder import Dims, Grid
 from .onnx_dialects import Container, Dialect, container, emit_dequantize, emit_quantize
-from .onnx_grids import GridBuilder
+from .onnx_grids import GridBuilder, is_subbyte
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,14 @@ class Emitter:
         kwargs = fx.node.map_arg(node.kwargs, self.env.__getitem__)
         grid = self.g.grids.get(args[0]) if args and isinstance(args[0], ir.Value) else None
         codes = grid.codes if grid is not None and grid.axis is None else None
-        if grid is not None and codes is not None and moves_data(node):
+        if grid is not None and codes is not None and moves_data(node) and self._may_move(codes):
             return self._move_codes(node, op, args, kwargs, grid, codes)
         result = op.onnx(self.g, *args, **kwargs)
         self._describe(result, node.meta.get("val"))
         return result
+
+    def _may_move(self, codes: ir.Value) -> bool:
+        return not self.dialect.adjacent and not is_subbyte(self.g.types[codes])
 
     def _move_codes(self, node: fx.Node, op: Op, args: Any, kwargs: Any, grid: Grid, codes: ir.Value) -> Any:
         """A data mover moves the codes, and its result is dequantized: a quarter of the bytes, the same values."""
@@ -194,7 +197,7 @@ class Emitter:
 
     def _dequantize(self, node: fx.Node) -> ir.Value:
         source, scale, zero_point, axis = arguments_of(node)
-        codes = self.env[source]
+        codes = self.g.narrowed(self.env[source])
         known = self.codes.get(codes)
         offset = known.offset if known is not None else 0
         in_floats = known is not None and known.codes is None

@@ -13,18 +13,25 @@ from numpy.typing import NDArray
 from .onnx_builder import Builder, Grid
 
 
+def is_subbyte(dtype: torch.dtype) -> bool:
+    """2- and 4-bit types: Reshape, Transpose and Cast take them, other ops do not."""
+    return str(dtype) in ("torch.int2", "torch.int4")
+
+
 class GridBuilder(Builder):
     """A Builder that knows which values are dequantized codes, and how a runtime wants products of them written."""
 
-    def __init__(self, *, for_onnxruntime: bool = False, packed: bool = False) -> None:
+    def __init__(self, *, fused_dense: bool = False, subbyte: bool = False, packed: bool = False) -> None:
         super().__init__()
-        self.for_onnxruntime = for_onnxruntime
+        self.fused_dense = fused_dense
+        self.subbyte = subbyte
         self.packed = packed
         self.shared_with_quantizer = False  # a quantizer and another op read the node being written
         self.clamped_next = False  # a Relu alone reads it
         self.grids: dict[ir.Value, Grid] = {}
         self._transposed: dict[ir.Value, ir.Value] = {}
         self._stored: dict[ir.Value, ir.Value] = {}
+        self._narrowed: dict[ir.Value, ir.Value] = {}
 
     def dequantize(self, codes: ir.Value, grid: Grid) -> ir.Value:
         """DequantizeLinear; int32 constants (biases) become floats at once, runtimes want them so."""
@@ -44,12 +51,12 @@ class GridBuilder(Builder):
         return value
 
     def stored(self, codes: ir.Value) -> ir.Value:
-        """With ``packed``, constant 8-bit codes that fit 2 or 4 bits: stored so, and a Cast back; others as they are.
+        """Constant 8-bit codes that fit 2 or 4 bits: stored so, and a Cast back, where the dialect wants that.
 
         ONNX Runtime computes such a Cast once, when it loads the file, and then sees 8-bit weights: int8 kernels.
         DequantizeLinear of the narrow type itself would run in fp32, and again at each call.
         """
-        array = codes.const_value.numpy() if self.packed and codes.const_value is not None else None
+        array = codes.const_value.numpy() if (self.packed or self.subbyte) and codes.const_value is not None else None
         narrow = None if array is None else narrowest(array)
         if array is None or narrow is None:
             return codes
@@ -57,6 +64,16 @@ class GridBuilder(Builder):
             packed = self.constant(array.astype(narrow), f"{codes.name}/{narrow}")
             self._stored[codes] = self.Cast(packed, to=int(ir.DataType.from_numpy(array.dtype)))
         return self._stored[codes]
+
+    def narrowed(self, codes: ir.Value) -> ir.Value:
+        """With ``subbyte``: constant 8-bit codes in the narrowest type that holds them; anything else as it is."""
+        array = codes.const_value.numpy() if self.subbyte and codes.const_value is not None else None
+        narrow = None if array is None else narrowest(array)
+        if array is None or narrow is None:
+            return codes
+        if codes not in self._narrowed:
+            self._narrowed[codes] = self.constant(array.astype(narrow), f"{codes.name}/{narrow}")
+        return self._narrowed[codes]
 
     def transposed(self, w: ir.Value) -> ir.Value:
         """A weight [out, in] as [in, out]: stored so, unless other ops read the constant as it is."""
@@ -92,7 +109,7 @@ class GridBuilder(Builder):
             return product
         static = all(isinstance(d, int) for d in self._dims[x])
         real = None if bias.const_value is None else bias.const_value.numpy()
-        if None in grids or not self.for_onnxruntime or real is None or not (static or self.rank(x) == 2):
+        if None in grids or not self.fused_dense or real is None or not (static or self.rank(x) == 2):
             return self.Add(product, bias)
         if self.rank(x) > 2:
             return self.Add(product, self.constant(real.reshape(*[1] * (self.rank(x) - 1), -1)))
@@ -121,8 +138,9 @@ class GridBuilder(Builder):
         grid = self.grids.get(table)
         if grid is None or grid.codes is None:
             return self.Gather(self.stored(table), ids, axis=0)
-        codes = self.Gather(self.stored(grid.codes), ids, axis=0)
-        self.describe(codes, self.types[grid.codes], [*self._dims[ids], *self._dims[grid.codes][1:]])
+        dtype = torch.int8 if is_subbyte(self.types[grid.codes]) else self.types[grid.codes]
+        codes = self.Gather(self.cast(self.stored(grid.codes), dtype, self.types[grid.codes]), ids, axis=0)
+        self.describe(codes, dtype, [*self._dims[ids], *self._dims[grid.codes][1:]])
         if grid.axis is None:
             return self.dequantize(codes, grid)
         if grid.axis != 0:

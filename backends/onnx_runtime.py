@@ -7,7 +7,6 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError, InputError
+from .kernels import KernelReport, products_of
 
 INTEGER_KERNELS = (
     "QLinearMatMul",
@@ -27,8 +27,10 @@ INTEGER_KERNELS = (
     "QLinearConv",
     "ConvInteger",
 )
+SATURATES = (
+    "this CPU's int8 kernels saturate at 16 bits: use 7-bit weights, or the session option session.x64quantprecision=1"
+)
 FLOAT_KERNELS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Attention", "MultiHeadAttention", "Conv", "FusedConv")
-PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
 class OnnxModel:
@@ -92,35 +94,8 @@ def int8_saturates() -> bool:
     return not bool((session.run(None, {"a": a})[0] == 255 * 127 * 64).all())
 
 
-@dataclass(frozen=True)
-class KernelReport:
-    """What ONNX Runtime runs. ``kernels``: op type -> count in the optimized model; ``sites``: site of each matrix
-    product -> the kernel that computes it ("?" where the optimizer left no trace of it)."""
-
-    kernels: dict[str, int]
-    sites: dict[str, str]
-
-    @property
-    def integer(self) -> int:
-        return sum(self.kernels.get(k, 0) for k in INTEGER_KERNELS)
-
-    @property
-    def floating(self) -> int:
-        return sum(self.kernels.get(k, 0) for k in FLOAT_KERNELS)
-
-    def __str__(self) -> str:
-        stay = [s for s, k in self.sites.items() if k in FLOAT_KERNELS]
-        text = f"{self.integer} matrix products in int8 kernels, {self.floating} in fp32"
-        if self.integer and int8_saturates():
-            text += (
-                "\n  this CPU's int8 kernels saturate at 16 bits: use 7-bit weights, "
-                "or the session option session.x64quantprecision=1"
-            )
-        return text + "".join(f"\n  fp32: {s}" for s in stay)
-
-
 def kernel_report(path: str | Path) -> KernelReport:
-    """Load ``path`` with all optimizations, read the optimized model back, and count its kernels."""
+    """Load ``path`` with all optimizations, read the optimized model back, and find every product of the file in it."""
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/optimized.onnx"
         OnnxModel(path, save_optimized=file, threads=1)
@@ -129,27 +104,11 @@ def kernel_report(path: str | Path) -> KernelReport:
     makers = {name: n.op_type for n in optimized.node for name in n.output}
     by_name = {re.sub(r"^fused |/MatMulAddFusion.*$", "", n.name): n.op_type for n in optimized.node if n.name}
     sites: dict[str, str] = {}
-    for site, name, values in _products(onnx.load(str(path)).graph):
-        found = [makers[v] for v in values if makers.get(v) in (*INTEGER_KERNELS, *FLOAT_KERNELS)]
-        sites[site] = found[0] if found else by_name.get(name, "?")
-    return KernelReport(dict(kernels), sites)
-
-
-def _products(graph: onnx.GraphProto) -> list[tuple[str, str, list[str]]]:
-    """(site, node name, names of the values that may hold its result) of every matrix product in a file of ours."""
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    found = []
-    for node in graph.node:
-        if node.op_type not in PRODUCTS:
-            continue
-        values = [node.output[0]]
-        for _ in range(4):  # a bias, a clip and a quantizer may be fused into the product
-            after = readers.get(values[-1], [])
-            if len(after) != 1 or after[0].op_type not in ("Add", "Clip", "QuantizeLinear", "Mul", "Div"):
-                break
-            values.append(after[0].output[0])
-        found.append((re.sub(r"/[A-Za-z]+(_\d+)?$", "", node.name), node.name, values))
-    return found
+    quantized = set()
+    for product in products_of(onnx.load(str(path)).graph):
+        found = [makers[v] for v in product.values if makers.get(v) in (*INTEGER_KERNELS, *FLOAT_KERNELS)]
+        sites[product.site] = found[0] if found else by_name.get(product.names[0], "?")
+        quantized |= {product.site} if product.quantized else set()
+    int8 = frozenset(s for s, k in sites.items() if k in INTEGER_KERNELS)
+    notes = (SATURATES,) if int8 and int8_saturates() else ()
+    return KernelReport("ONNX Runtime", dict(kernels), sites, int8, frozenset(quantized), notes)

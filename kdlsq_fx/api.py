@@ -27,6 +27,7 @@ from .passes.lower import lower
 from .pipeline import Pass, Trace, run_passes
 from .qconfig import QConfig, Rule, resolve
 from .saving import load_qat, versions
+from .summary import float_bytes
 
 QConfigLike = str | Path | QConfig | Rule | Sequence[Rule]
 
@@ -118,13 +119,17 @@ def convert(
 def export_onnx(qat: QuantModel, path: str | Path, *, target: str = "ort-cpu", passes: Iterable[Pass] = ()) -> Any:
     """Write the trained graph as ONNX for a runtime; returns what the exporter reports (kernels, sizes).
 
-    ``target``: ``"ort-cpu"`` and ``"spec"`` write QDQ, whose quantizers are those that were trained, at their trained
-    scales; nothing is added or dropped. ``"integer"`` lowers as ``convert`` does and writes integer operators only,
-    equal to the reference backend bit for bit; it needs an ``-int`` preset. It takes a converted model, too.
+    ``target``: ``"ort-cpu"``, ``"openvino"``, ``"tensorrt"`` and ``"spec"`` write QDQ as that runtime wants it
+    (docs/targets.md): the quantizers that were trained, at their trained scales; nothing is added or dropped. Where
+    the runtime is at hand its kernels are counted, and a warning names what would not run in int8. ``"integer"``
+    lowers as ``convert`` does and writes integer operators only, equal to the reference backend bit for bit; it needs
+    an ``-int`` preset. It takes a converted model, too.
+    ``print`` of what is returned shows sizes, what runs in int8, and what does not and why.
     Raises CalibrationError before calibration, CheckpointError where ``path`` cannot be written, LoweringError where an
-    integer file would hold floats.
+    integer file would hold floats, and where TensorRT has no type for a quantizer's codes.
     """
     from .backends.onnx import export
+    from .backends.onnx_checks import checked
     from .backends.onnx_integer import TARGET, export_integer
 
     if target == TARGET:
@@ -135,13 +140,14 @@ def export_onnx(qat: QuantModel, path: str | Path, *, target: str = "ort-cpu", p
         model = qat if ready else freeze_qat(qat, passes=passes)
     write: Any = export_integer if target == TARGET else functools.partial(export, target=target)
     metadata = {"qconfig": json.dumps(model.qconfig.to_dict()), "model_class": model.model_class, "stage": model.stage}
-    return write(
+    report = write(
         model.gm,
         path,
         input_names=model.input_names,
         output_names=model.output_names or tuple(f"output_{i}" for i in range(len(output_args(model.gm.graph)))),
         metadata={**metadata, **versions()},
     )
+    return checked(report, model.gm, model.gm.meta.get("float_bytes", 0)) if model.stage == "qdq" else report
 
 
 def from_pretrained(
@@ -179,6 +185,7 @@ def _derive(
         )
     _check_finite(qat.gm)
     gm = copy_graph(qat.gm)
+    gm.meta["float_bytes"] = float_bytes(gm)
     run_passes(gm, pipeline, user=user, stop_after=stop_after, trace=trace)
     captured = Captured(gm, qat.input_names, qat.output_names, qat.output_type, qat.example)
     derived = wrap(captured, None, qat.qconfig)

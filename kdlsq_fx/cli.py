@@ -1,4 +1,4 @@
-"""The command line: ``kdlsq-fx train | cache | convert | export | eval | inspect | demo``.
+"""The command line: ``kdlsq-fx train | cache | convert | export | eval | inspect | demo | bench``.
 
 Exit codes: 0 done, 1 something handed in is wrong (said in a line or two), 2 wrong usage, 130 stopped by Ctrl-C.
 """
@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdlsq_fx import cli_cache, kg_cli
+from kdlsq_fx import cli_bench, cli_cache, kg_cli
 from kdlsq_fx.errors import CheckpointError, ConfigError, InputError, KdlsqError
 
-TARGETS = ("ort-cpu", "spec", "integer")  # those of backends/onnx_dialects.py, which takes long to import
+# those of backends/onnx_dialects.py, which takes long to import
+TARGETS = ("ort-cpu", "openvino", "tensorrt", "spec", "integer")
 DATA_HELP = (
     "folder in GLUE's layout (train.tsv, dev.tsv; columns sentence[, sentence2], label|score), or a datasets name"
 )
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         prog="kdlsq-fx", description="Quantize BERT-family models: train, convert, export, run."
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_train, cli_cache.add, _convert, _export, _eval, _inspect, _demo):
+    for add in (_train, cli_cache.add, _convert, _export, _eval, _inspect, _demo, cli_bench.add):
         add(commands)
     return top
 
@@ -169,6 +170,7 @@ def run_convert(args: argparse.Namespace) -> int:
     program = convert(from_pretrained(args.qat), allow_islands=args.allow_islands or None)
     program.save_pretrained(args.out)
     _copy_tokenizer(args.qat, args.out)
+    print(program.summary())
     say(f"{args.out}: {_bytes(args.out) / 1e6:.1f} MB")
     return 0
 
@@ -184,8 +186,7 @@ def run_export(args: argparse.Namespace) -> int:
     from kdlsq_fx.api import export_onnx, from_pretrained
 
     report = export_onnx(from_pretrained(args.qat), args.file, target=args.target)
-    if report is not None:
-        print(report)
+    print(report)
     say(f"{args.file}: {args.file.stat().st_size / 1e6:.1f} MB")
     return 0
 

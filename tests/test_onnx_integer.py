@@ -174,7 +174,7 @@ def test_refusals_name_the_islands(tmp_path: Path) -> None:
         LoweringError, match=r"(?s)stay in floats.*integer file holds none.*layer_norm.*more.*-int preset"
     ):
         export_onnx(calibrated("W8E8A8"), file, target="integer")
-    with pytest.raises(ConfigError, match="ort-cpu, spec, integer"):
+    with pytest.raises(ConfigError, match="ort-cpu, openvino, tensorrt, spec, integer"):
         export_onnx(calibrated("W8E8A8-int"), file, target="tpu")
     sketch = Sketch(x=torch.ones(2, 3))
     odd = sketch.done(sketch.nodes["x"], stage="float")
