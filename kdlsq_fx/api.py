@@ -53,8 +53,8 @@ def prepare_qat(
         trace: a Trace that collects timing (and text diffs) per pass.
 
     Returns:
-        A module with the model's own signature and output. Weight scales are initialised, activation scales are not:
-        call ``calibrate`` next.
+        A module with the model's own signature and output, on its device. Weight scales are initialised, activation
+        scales are not: call ``calibrate`` next.
 
     Raises:
         CaptureError, ConfigError: see there. CalibrationError: a weight is NaN or infinite.
@@ -184,7 +184,7 @@ def _derive(
             do="calibrate first: calibrate(qat, batches)",
         )
     _check_finite(qat.gm)
-    gm = copy_graph(qat.gm)
+    gm = copy_graph(qat.gm).cpu()  # what is derived is for the CPU, wherever it was trained
     gm.meta["float_bytes"] = float_bytes(gm)
     run_passes(gm, pipeline, user=user, stop_after=stop_after, trace=trace)
     captured = Captured(gm, qat.input_names, qat.output_names, qat.output_type, qat.example)

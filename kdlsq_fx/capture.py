@@ -60,7 +60,8 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Any = None
     if isinstance(model, fx.GraphModule) and example is None:
         return _from_graph(model)
     _check_weights(model)
-    own = copy.deepcopy(model).float().train()  # a model in half precision trains in float32, as its scales do
+    # on the CPU, wherever the model is; one in half precision trains in float32, as its scales do
+    own = copy.deepcopy(model).cpu().float().train()
     _use_eager_attention(own)
     kwargs = _example_inputs(own, example)
     program = _export(own, kwargs)
@@ -123,7 +124,8 @@ def _given(names: list[str], example: Any) -> dict[str, Any]:
     if unknown and names:
         do = f"forward takes {', '.join(names)}"
         raise CaptureError(f"the example has {', '.join(unknown)}, which forward does not take", do=do)
-    given = {k: v.float() if _is_float(v) else v for k, v in example.items()}
+    given = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in example.items()}
+    given = {k: v.float() if _is_float(v) else v for k, v in given.items()}
     ids = given.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
         return given

@@ -36,3 +36,8 @@ def dense(x: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def share(clip: Tensor, n: int) -> Tensor:
+    """``clip / n`` rounded once, as the CPU does; CUDA multiplies by 1/n where n is a Python number, an ulp off."""
+    return clip / clip.new_full((), n) if clip.is_cuda else clip / n

@@ -138,4 +138,4 @@ def frozen_teacher(teacher: nn.Module, qat: QuantModel) -> QuantModel:
     else:
         example = qat.example if getattr(teacher, "config", None) is None else None
         frozen = wrap(capture(teacher, example), teacher, QConfig(rules=(), name="teacher"))
-    return frozen.eval().requires_grad_(False)
+    return frozen.to(qat.device).eval().requires_grad_(False)

@@ -248,7 +248,8 @@ def _signature(model: nn.Module | None, inputs: tuple[str, ...]) -> inspect.Sign
 
 
 def wrap(captured: Captured, model: nn.Module | None, qconfig: QConfig) -> QuantModel:
-    """A QuantModel whose ``forward`` shows the captured model's own signature (Trainer and accelerate read it)."""
+    """A QuantModel on the device of the captured model, whose ``forward`` shows that model's own signature (Trainer and
+    accelerate read it)."""
     signature = _signature(model, captured.inputs)
 
     def forward(self: QuantModel, *args: Any, **kwargs: Any) -> Any:
@@ -260,7 +261,9 @@ def wrap(captured: Captured, model: nn.Module | None, qconfig: QConfig) -> Quant
     )
     name = f"Quantized{type(model).__name__}" if model is not None else "QuantizedGraph"
     cls = type(name, (QuantModel,), {"forward": forward, "__module__": __name__, "__doc__": QuantModel.__doc__})
-    return cls(captured, model, qconfig)
+    made = cls(captured, model, qconfig)
+    first = next(model.parameters(), None) if model is not None else None
+    return made if first is None else made.to(first.device)
 
 
 def _loose(signature: inspect.Signature) -> list[inspect.Parameter]:

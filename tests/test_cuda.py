@@ -12,7 +12,7 @@ import torch
 from tiny_glue import bert, tokenizer, write_sst
 
 from kdlsq_fx import data, fused, train
-from kdlsq_fx.api import prepare_qat
+from kdlsq_fx.api import convert, prepare_qat
 from kdlsq_fx.calibration import calibrate, param_groups
 from kdlsq_fx.distillation import distill
 
@@ -41,6 +41,20 @@ def losses(kd: Any, dataset: data.Dataset, folder: Path) -> list[float]:
     groups = param_groups(kd.student, lr=1e-3)
     train.fit(kd, dataset.train, out_dir=folder, steps=STEPS, lr=1e-3, batch_size=8, groups=groups)
     return [float(line.split("\t")[1]) for line in (folder / "log.tsv").read_text().splitlines()[1:]]
+
+
+def test_a_model_on_the_gpu_is_prepared_there_and_converted_for_the_cpu(dataset: data.Dataset) -> None:
+    model = bert().eval()
+    batch = {k: v for k, v in dataset.train.batch([0, 1, 2]).items() if k != "labels"}
+    here, there = prepare_qat(model, "W4E4A8"), prepare_qat(copy.deepcopy(model).cuda(), "W4E4A8")
+    assert there.device.type == "cuda" and next(model.parameters()).device.type == "cpu"
+    for qat in (here, there):
+        calibrate(qat, [batch], progress=False)
+    moved = {k: v.cuda() for k, v in batch.items()}
+    torch.testing.assert_close(there(**moved).logits.cpu(), here(**batch).logits, rtol=1e-2, atol=1e-2)
+    distill(there, copy.deepcopy(model).cuda())(**moved).loss.backward()
+    want = convert(copy.deepcopy(there).cpu())(**batch).logits
+    torch.testing.assert_close(convert(there)(**batch).logits, want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("preset", ["W4E4A8", "W4E4A8-lsq+", "W4E4A8-lsq-int"])
