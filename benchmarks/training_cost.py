@@ -91,7 +91,8 @@ def variants(size: dict[str, int], device: str, batch: int, length: int, preset:
         wait()
 
     def teach() -> None:
-        distiller().targets.wanted(unlabelled)
+        with torch.no_grad():
+            distiller().teacher(**unlabelled)
         wait()
 
     def function(name: str) -> Callable[[], Any]:
