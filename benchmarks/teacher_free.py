@@ -136,16 +136,16 @@ def measure(
         build = time.perf_counter() - began
         free = kq.distill(qat, cache=cache)
         sources: dict[str, tuple[Any, Any]] = {"with": (live, rows), "without": (free, cache.source(rows))}
-        optimizer = torch.optim.AdamW(kq.param_groups(qat, lr=1e-5), fused=True)
+        optimizers = {k: torch.optim.AdamW(kq.param_groups(kd, lr=1e-5), fused=True) for k, (kd, _) in sources.items()}
         seconds: dict[str, list[float]] = {"with": [], "without": [], "teacher alone": []}
         for step in range(args.steps + 2):
             at = batches[step % len(batches)]
             for kind, (kd, source) in sources.items():
                 began = time.perf_counter()
                 kd.train()
-                optimizer.zero_grad(set_to_none=True)
+                optimizers[kind].zero_grad(set_to_none=True)
                 kd(**source.batch(at)).loss.backward()
-                optimizer.step()
+                optimizers[kind].step()
                 seconds[kind].append(time.perf_counter() - began)
             inputs = rows.batch(at, labels=False)
             began = time.perf_counter()
