@@ -302,7 +302,7 @@ def run_all() -> None:
             found = known(name, peer)
             if "mb" not in found or "missing" in found:
                 found.pop("missing", None)
-                found |= ask({"peer": peer, "model": name, "build": True, "threads": os.cpu_count() or 1})
+                found |= ask({"peer": peer, "model": name, "build": True, "threads": ARGS.threads})
                 write_json(store(name, peer), found)
             print(f"{name} {peer}: {found.get('missing') or 'built'}", file=sys.stderr, flush=True)
     for index in range(ARGS.rounds):

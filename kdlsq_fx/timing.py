@@ -10,6 +10,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,18 +80,29 @@ def measure(load: Callable[[], Run], shapes: Sequence[Shape], *, vocab: int, sec
 
 
 def in_process(command: Sequence[str], job: Mapping[str, Any], *, threads: int) -> dict[str, Any]:
-    """Run ``command JOB`` and read the JSON of its last line. CheckpointError with its last words where it fails."""
-    own = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    done = subprocess.run([*command, json.dumps(dict(job))], capture_output=True, text=True, env=own, check=False)
+    """Run ``command JOB`` and read the JSON of its last line. CheckpointError with its last words where it fails.
+
+    What it prints goes to files: a process that it leaves behind (OpenVINO's telemetry) would keep a pipe open. With
+    ``CI`` set that telemetry is not sent.
+    """
+    own = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "CI": "true"}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        code = subprocess.run(
+            [*command, json.dumps(dict(job))], stdout=out, stderr=err, env=own, check=False
+        ).returncode
+        lines, said = (_lines(f) for f in (out, err))
     time.sleep(PAUSE)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        said = done.stderr.strip().splitlines()
+    if code or not lines:
         raise CheckpointError(
             f"could not be measured: {said[-1] if said else 'no answer'}", where=str(job.get("model"))
         )
     answer: dict[str, Any] = json.loads(lines[-1])
     return answer
+
+
+def _lines(file: Any) -> list[str]:
+    file.seek(0)
+    return str(file.read()).strip().splitlines()
 
 
 def open_runner(path: str, *, threads: int, backend: str = "reference") -> Run:
