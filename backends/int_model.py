@@ -24,9 +24,10 @@ from ..range_analysis import Ranges, analyse_ranges
 from ..report import columns
 from ..saving import versions
 from ..summary import Summary, summarize_int
+from .native import NativeModel
 from .reference import ReferenceModel
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", "native")
 CONFIG = "config.json"
 RUNNER = Path(run_int.__file__)
 
@@ -52,6 +53,7 @@ class IntModel(QuantModel):
         super().__init__(captured, None, qconfig)
         self.backend = backend
         self.reference = ReferenceModel(captured.gm) if backend == "reference" else None
+        self.native = NativeModel(captured.gm) if backend == "native" else None
 
     @property
     def integer_only(self) -> bool:
@@ -70,10 +72,10 @@ class IntModel(QuantModel):
         labels, inputs = self.split(*args, **kwargs)
         # an autocast around the caller would run the exact GEMMs in bfloat16
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            if self.reference is None:
-                flat = self.gm(*(inputs[name] for name in self.input_names))
-            else:
+            if self.reference is not None:
                 flat = tuple(torch.from_numpy(out) for out in self.reference.run(inputs))
+            else:
+                flat = (self.native or self.gm)(*(inputs[name] for name in self.input_names))
         return self.answer(self.pack(flat, labels), kwargs)
 
     def table(self) -> str:

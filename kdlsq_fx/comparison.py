@@ -198,7 +198,7 @@ def _runner(model: Any, exact: bool) -> Run:
     """``run(batch, hook) -> flat outputs`` for any execution."""
     if isinstance(model, QuantModel):
         own = _frozen(model)
-        backend = getattr(own, "reference", None)  # an int model that runs in NumPy
+        backend = getattr(own, "reference", None) or getattr(own, "native", None)  # an int model that runs elsewhere
         inner: Run = _runner_of_graph(own.gm, exact) if backend is None else backend.run
         return lambda batch, hook: inner(own.split(**batch)[1], hook)
     if isinstance(model, fx.GraphModule):
