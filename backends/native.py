@@ -7,6 +7,7 @@ float32 (the reference's in float64), so what is rounded behind one can be one c
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..comparison import CodeHook
+from ..comparison import CODE_OPS, CodeHook
 from ..errors import InputError
 from ..graph import fetch, site_of
 from ..integer_only import dtype_of
 from ..op import BY_NAME, Op, op_of
+from ..ranges import INT32_MAX
 from ..report import columns
 from . import native_kernels as kernels
+from . import native_onednn
 from .native_library import available
 
 FREE = ("view", "reshape", "transpose", "permute", "slice", "select", "expand", "unsqueeze", "squeeze", "contiguous")
@@ -41,9 +44,10 @@ class Row:
 
 
 class Builder:
-    """A graph on its way to kernels: int nodes are replaced one by one by calls of functions that hold their constants."""
+    """A graph on its way to kernels: int nodes give way to calls of functions that hold their constants."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, linear: Callable[..., Any]) -> None:
+        self.linear = linear
         graph = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
         result = graph.graph_copy(gm.graph, copied)
@@ -86,16 +90,20 @@ class Builder:
         return node
 
 
-def rounds(node: fx.Node) -> bool:
-    from ..comparison import CODE_OPS
+def args_of(node: fx.Node, *defaults: Any, size: int = 0) -> list[Any]:
+    """The arguments of a node, untyped: their kinds are those of its op. ``defaults``: of the last of its ``size``."""
+    missing = max(size - len(node.args), 0)
+    return [*node.args, *defaults[len(defaults) - missing :]]
 
+
+def rounds(node: fx.Node) -> bool:
     op = op_of(node)
     return op is not None and op.name in CODE_OPS
 
 
 def fixed_of(build: Builder, node: fx.Node) -> kernels.Fixed:
     """The constants of a ``requantize`` node with codes of one byte."""
-    multiplier, shift, zero_point, qmin, qmax, *axis = (*node.args[1:], -1)
+    multiplier, shift, zero_point, qmin, qmax, *axis = (*args_of(node)[1:], -1)
     _demand_byte(qmin, qmax)
     if not isinstance(multiplier, int) and axis[0] != -1:
         raise Keep("its channels are not the last dimension")
@@ -106,7 +114,7 @@ def fixed_of(build: Builder, node: fx.Node) -> kernels.Fixed:
 
 def grid_of(build: Builder, node: fx.Node) -> kernels.CodeGrid:
     """The grid of a ``quantize`` node with one scale and codes of one byte."""
-    _, scale, zero_point, qmin, qmax = node.args[:5]
+    _, scale, zero_point, qmin, qmax = args_of(node)[:5]
     step = build.constant(scale, "its scale")
     _demand_byte(qmin, qmax)
     if step.numel() != 1:
@@ -115,19 +123,19 @@ def grid_of(build: Builder, node: fx.Node) -> kernels.CodeGrid:
 
 
 def _demand_byte(qmin: int, qmax: int) -> None:
-    if not (-128 <= qmin and qmax <= 127) and not (qmin >= 0 and qmax <= 255):
+    if not (qmin >= -128 and qmax <= 127) and not (qmin >= 0 and qmax <= 255):
         raise Keep("its codes take more than a byte")
 
 
 def linear_of(build: Builder, node: fx.Node, **behind: Any) -> Callable[..., Any]:
     """The kernel of an ``int_linear`` node, with what is behind it."""
-    x, weight, bias, zero_point = (*node.args, *(None, 0)[len(node.args) - 2 :])[:4]
+    x, weight, bias, zero_point = args_of(node, None, 0, size=4)[:4]
     zero_point = node.kwargs.get("x_zero_point", zero_point)
     codes = build.constant(weight, "its weight")
     if codes.dtype != torch.int8:
         raise Keep(f"its weight is {codes.dtype}, not int8")
     vector = None if bias is None else build.constant(bias, "its bias")
-    return kernels.linear(build.byte(x), codes, vector, zero_point, **behind)
+    return build.linear(build.byte(x), codes, vector, zero_point, **behind)
 
 
 def native_linear(build: Builder, node: fx.Node) -> None:
@@ -136,9 +144,9 @@ def native_linear(build: Builder, node: fx.Node) -> None:
 
 def sides_of(build: Builder, node: fx.Node) -> tuple[kernels.Side, kernels.Side]:
     """The operands of an ``int_matmul`` node."""
-    zeros = (*node.args[2:4], *(0, 0)[len(node.args[2:4]) :])
+    zeros = args_of(node, 0, 0, size=4)[2:4]
     a_zero, b_zero = (node.kwargs.get(f"{s}_zero_point", z) for s, z in zip("ab", zeros))
-    return kernels.Side(build.byte(node.args[0]), a_zero), kernels.Side(build.byte(node.args[1]), b_zero)  # type: ignore[arg-type]
+    return kernels.Side(build.byte(node.args[0]), a_zero), kernels.Side(build.byte(node.args[1]), b_zero)
 
 
 def native_matmul(build: Builder, node: fx.Node) -> None:
@@ -149,9 +157,8 @@ def native_matmul(build: Builder, node: fx.Node) -> None:
 
 def _with_length(run: Callable[..., Any], node: fx.Node) -> Callable[..., Any]:
     """The product, after the check of its length that the reference makes too."""
-    from ..ranges import INT32_MAX
-
-    a_max, b_max = (int(node.kwargs.get(k, 255)) for k in ("a_max", "b_max"))  # type: ignore[arg-type]
+    args: Any = node.kwargs
+    a_max, b_max = (int(args.get(k, 255)) for k in ("a_max", "b_max"))
     longest = INT32_MAX // (a_max * b_max)
 
     def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -181,12 +188,12 @@ def native_quantize(build: Builder, node: fx.Node) -> None:
 
 def whole_of(build: Builder, node: fx.Node) -> tuple[kernels.Whole, kernels.CodeGrid]:
     """The constants of an ``int_softmax`` node."""
-    _, _, table, multiplier, shift, limit, divider, zero_point, qmin, qmax = node.args
+    _, _, table, multiplier, shift, limit, divider, zero_point, qmin, qmax = args_of(node)
     if table is None:
         raise Keep("its exponential is the polynomial, not the table")
-    _demand_byte(qmin, qmax)  # type: ignore[arg-type]
-    whole = kernels.Whole(build.constant(table), multiplier, shift, limit, divider)  # type: ignore[arg-type]
-    return whole, kernels.CodeGrid(1.0, zero_point, qmin, qmax)  # type: ignore[arg-type]
+    _demand_byte(qmin, qmax)
+    whole = kernels.Whole(build.constant(table), multiplier, shift, limit, divider)
+    return whole, kernels.CodeGrid(1.0, zero_point, qmin, qmax)
 
 
 def native_softmax(build: Builder, node: fx.Node) -> None:
@@ -195,10 +202,10 @@ def native_softmax(build: Builder, node: fx.Node) -> None:
 
 def norm_of(build: Builder, node: fx.Node) -> kernels.NormCodes:
     """The constants of an ``int_layer_norm`` node."""
-    _, gain, offset, fraction, eps, shift, zero_point, qmin, qmax = node.args
-    _demand_byte(qmin, qmax)  # type: ignore[arg-type]
-    vectors = (build.constant(v).contiguous() for v in (gain, offset))
-    return kernels.NormCodes(*vectors, fraction, eps, shift, zero_point, qmin, qmax)  # type: ignore[arg-type]
+    _, gain, offset, fraction, eps, shift, zero_point, qmin, qmax = args_of(node)
+    _demand_byte(qmin, qmax)
+    vectors = [build.constant(v).contiguous() for v in (gain, offset)]
+    return kernels.NormCodes(vectors[0], vectors[1], fraction, eps, shift, zero_point, qmin, qmax)
 
 
 def native_norm(build: Builder, node: fx.Node) -> None:
@@ -207,18 +214,18 @@ def native_norm(build: Builder, node: fx.Node) -> None:
 
 def sum_of(build: Builder, node: fx.Node, norm: kernels.NormCodes | None = None) -> Callable[..., Any]:
     """The kernel of an ``int_add`` node, with the LayerNorm behind it."""
-    terms, multipliers, zeros, shift, zero_point, qmin, qmax, *axis = (*node.args, -1)
-    if len(terms) > kernels.MOST_TERMS:  # type: ignore[arg-type]
-        raise Keep(f"it adds {len(terms)} terms")  # type: ignore[arg-type]
-    factors = [build.number(m, "a multiplier") for m in multipliers]  # type: ignore[union-attr]
+    terms, multipliers, zeros, shift, zero_point, qmin, qmax, *axis = (*args_of(node), -1)
+    if len(terms) > kernels.MOST_TERMS:
+        raise Keep(f"it adds {len(terms)} terms")
+    factors = [build.number(m, "a multiplier") for m in multipliers]
     if any(isinstance(f, torch.Tensor) and (f.dim() != 1 or axis[0] != -1) for f in factors):
         raise Keep("it has scales along a dimension that is not the last")
     dtype = dtype_of(node) or torch.int32
-    return kernels.int_add(factors, zeros, shift, zero_point, qmin, qmax, dtype, norm)  # type: ignore[arg-type]
+    return kernels.int_add(factors, zeros, shift, zero_point, qmin, qmax, dtype, norm)
 
 
 def native_sum(build: Builder, node: fx.Node) -> None:
-    build.call(node, sum_of(build, node), tuple(node.args[0]), node, "int_add")  # type: ignore[arg-type]
+    build.call(node, sum_of(build, node), tuple(args_of(node)[0]), node, "int_add")
 
 
 Rule = Callable[[Builder, fx.Node], None]
@@ -236,16 +243,24 @@ RULES: dict[Op, Rule] = {
 class NativeModel:
     """An int GraphModule on native kernels: called with the graph's inputs in order, CPU tensors; returns its outputs.
 
-    ``rows``: what runs at each site. ``missing``: why the kernels are not there ("" where they are): torch then runs
-    all, with its products in oneDNN.
+    ``rows``: what runs at each site. ``missing``: why the kernels are not there ("" where they are): the linears then
+    run in oneDNN, all else in torch.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.source = gm
         self.missing = available()
+        if self.missing:
+            self._warn()
         self.inputs = tuple(str(n.target) for n in gm.graph.find_nodes(op="placeholder"))
-        self.gm, self.rows = translate(gm, fuse=True)
+        self.gm, self.rows = translate(gm, fuse=True, own=not self.missing)
         self._open: fx.GraphModule | None = None
+
+    def _warn(self) -> None:
+        text = f"the native kernels cannot run: {self.missing}. Linears run in oneDNN, all else in torch"
+        if native_onednn.saturates():
+            text += "; this CPU's int8 products saturate at 16 bits: use 7-bit weights, or backend='torch'"
+        warnings.warn(text, stacklevel=5)
 
     def __call__(self, *args: torch.Tensor) -> Any:
         for name, value in zip(self.inputs, args):
@@ -256,7 +271,7 @@ class NativeModel:
     def run(self, inputs: Mapping[str, Any], hook: CodeHook) -> Any:
         """Execute with every rounding op apart; ``hook(site, codes)`` returns what to go on with."""
         if self._open is None:
-            self._open, _ = translate(self.source, fuse=False)
+            self._open, _ = translate(self.source, fuse=False, own=not self.missing)
         with torch.no_grad():
             return _Hooked(self._open, hook).run(*(torch.as_tensor(inputs[name]) for name in self.inputs))
 
@@ -282,21 +297,22 @@ class _Hooked(fx.Interpreter):
         return self.hook(site_of(n), result) if n.meta.get("rounds") or rounds(n) else result
 
 
-def translate(gm: fx.GraphModule, *, fuse: bool) -> tuple[fx.GraphModule, list[Row]]:
-    """int -> native: kernels where there are any. ``fuse``: also where a code is then seen by nobody."""
-    from .native_fusions import fuse_all
+def translate(gm: fx.GraphModule, *, fuse: bool, own: bool) -> tuple[fx.GraphModule, list[Row]]:
+    """int -> native: kernels where there are any. ``fuse``: also where a code is then seen by nobody; ``own``: the
+    kernels of backends/kernels, else products alone, in oneDNN."""
+    from .native_fusions import fuse_all, fuse_linear
 
-    build, why = Builder(gm), dict[fx.Node, str]()
-    if not available():
-        fuse_all(build, hide=fuse)
-        for node in list(build.graph.nodes):
-            rule = RULES.get(op_of(node)) if node.users else None  # type: ignore[arg-type]
-            if rule is None:
-                continue
-            try:
-                rule(build, node)
-            except Keep as reason:
-                why[node] = str(reason)
+    build, why = Builder(gm, kernels.linear if own else native_onednn.linear), dict[fx.Node, str]()
+    fuse_all(build, hide=fuse, only=None if own else fuse_linear)
+    for node in list(build.graph.nodes):
+        op = op_of(node)
+        rule = RULES.get(op) if op is not None and node.users else None
+        if rule is None or not (own or rule is native_linear):
+            continue
+        try:
+            rule(build, node)
+        except Keep as reason:
+            why[node] = str(reason)
     build.graph.eliminate_dead_code()
     build.gm.recompile()
     return build.gm, _rows(build, why)

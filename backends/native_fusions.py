@@ -5,14 +5,17 @@ A fusion that hides a code (``hide``) is left out where someone wants to see all
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
+from ..integer_only import dtype_of
 from ..op import op_of
 from . import native_kernels as kernels
-from .native import Builder, Keep, fixed_of, grid_of, linear_of, norm_of, sides_of, sum_of, whole_of
+from .native import Builder, Keep, args_of, fixed_of, grid_of, linear_of, norm_of, sides_of, sum_of, whole_of
 
 
 def name_of(node: Any) -> str:
@@ -29,15 +32,18 @@ def only_user(node: fx.Node, name: str) -> fx.Node | None:
     return users[0] if users[0].args and users[0].args[0] is node else None
 
 
-def fuse_all(build: Builder, *, hide: bool) -> None:
-    """Every fusion at every node; what a fusion refuses stays as it is, for the rules."""
-    passes = [fuse_attention, fuse_sum_norm] if hide else []
-    for fuse in (*passes, fuse_linear, fuse_norm, fuse_softmax):
+def fuse_all(build: Builder, *, hide: bool, only: Any = None) -> None:
+    """Every fusion (or ``only`` one) at every node; what a fusion refuses stays as it is, for the rules."""
+    passes: list[Any] = [fuse_attention, fuse_sum_norm] if hide else []
+    passes = [*passes, functools.partial(fuse_linear, hide=hide), fuse_norm, fuse_softmax]
+    if only is not None:
+        passes = [functools.partial(only, hide=hide)]
+    for fuse in passes:
         for node in list(build.graph.nodes):
             if not node.users:
                 continue
             try:
-                fuse(build, node, hide) if fuse is fuse_linear else fuse(build, node)  # type: ignore[call-arg]
+                fuse(build, node)
             except Keep:
                 continue
 
@@ -46,21 +52,23 @@ def fuse_linear(build: Builder, node: fx.Node, hide: bool) -> None:
     """int_linear, requantize [, lookup] | dequantize [, add] | dequantize, gelu, quantize -> one kernel"""
     if name_of(node) != "int_linear":
         return
-    if (after := only_user(node, "requantize")) is not None:
-        table = only_user(after, "lookup") if hide else None
-        entries = None if table is None else _table_of(build, table, after)
-        last = after if entries is None else table
-        run = linear_of(build, node, fixed=fixed_of(build, after), table=entries)
-        build.call(last, run, (node.args[0],), last, "linear + requantize" + (" + lookup" if entries is not None else ""))  # type: ignore[arg-type]
+    if (codes := only_user(node, "requantize")) is not None:
+        table = only_user(codes, "lookup") if hide else None
+        entries = None if table is None else _table_of(build, table, codes)
+        run = linear_of(build, node, fixed=fixed_of(build, codes), table=entries)
+        if table is None or entries is None:
+            build.call(codes, run, (node.args[0],), codes, "linear + requantize")
+        else:
+            build.call(table, run, (node.args[0],), table, "linear + requantize + lookup")
     elif (real := only_user(node, "dequantize")) is not None:
         _fuse_real(build, node, real)
 
 
 def _table_of(build: Builder, node: fx.Node, codes: fx.Node) -> torch.Tensor | None:
     """The table of a ``lookup`` by the byte of the code; None where it has no entry for every code, or wider ones."""
-    table, first = build.constant(node.args[1]), int(node.args[2])  # type: ignore[call-overload]
-    qmin, qmax = codes.args[4:6]
-    if table.dtype not in kernels.BYTES or qmin < first or qmax >= first + table.numel():  # type: ignore[operator]
+    table, first = build.constant(node.args[1]), int(args_of(node)[2])
+    qmin, qmax = args_of(codes)[4:6]
+    if table.dtype not in kernels.BYTES or qmin < first or qmax >= first + table.numel():
         return None
     whole = torch.zeros(256, dtype=table.dtype)
     whole[(torch.arange(first, first + table.numel())) % 256] = table
@@ -69,7 +77,7 @@ def _table_of(build: Builder, node: fx.Node, codes: fx.Node) -> torch.Tensor | N
 
 def scale_of(build: Builder, node: fx.Node) -> torch.Tensor:
     """The scale of a ``dequantize`` of sums: 0-d, or along the last dimension."""
-    _, scale, zero_point, axis = (*node.args, *(0, None)[len(node.args) - 2 :])
+    _, scale, zero_point, axis = args_of(node, 0, None, size=4)
     tensor = build.constant(scale, "its scale")
     if zero_point or tensor.dim() > 1 or (tensor.dim() == 1 and axis != -1):
         raise Keep("its scales do not run along the last dimension")
@@ -80,7 +88,11 @@ def _fuse_real(build: Builder, node: fx.Node, real: fx.Node) -> None:
     scale, x = scale_of(build, real), node.args[0]
     for curve in ("gelu", "relu"):
         between = only_user(real, curve)
-        last = None if between is None or between.kwargs.get("approximate", "none") != "none" else only_user(between, "quantize")
+        last = (
+            None
+            if between is None or between.kwargs.get("approximate", "none") != "none"
+            else only_user(between, "quantize")
+        )
         if last is not None:
             run = linear_of(build, node, scale=scale, curve=curve, grid=grid_of(build, last))
             build.call(last, run, (x,), last, f"linear + {curve} + quantize")
@@ -100,8 +112,6 @@ def _fuse_real(build: Builder, node: fx.Node, real: fx.Node) -> None:
 
 
 def _is_float(node: fx.Node) -> bool:
-    from ..integer_only import dtype_of
-
     return dtype_of(node) == torch.float32
 
 
@@ -109,15 +119,15 @@ def fuse_norm(build: Builder, node: fx.Node) -> None:
     """layer_norm [, quantize] -> floats, codes, or both in one kernel"""
     if name_of(node) != "layer_norm":
         return
-    x, shape, gain, offset, eps = (*node.args, *(None, None, 1e-5)[len(node.args) - 2 :])[:5]
-    if len(shape) != 1:  # type: ignore[arg-type]
+    x, shape, gain, offset, eps = args_of(node, None, None, 1e-5, size=5)[:5]
+    if len(shape) != 1:
         raise Keep("it normalises several dimensions")
     vectors = [None if v is None else build.constant(v, "its weight") for v in (gain, offset)]
     users = list(node.users)
     rounded = next((u for u in users if name_of(u) == "quantize" and u.args[0] is node), None)
     grid = None if rounded is None else grid_of(build, rounded)
     real = rounded is None or len(users) > 1
-    run = kernels.layer_norm(int(shape[0]), *vectors, float(eps), grid, real)  # type: ignore[index, arg-type]
+    run = kernels.layer_norm(int(shape[0]), vectors[0], vectors[1], float(eps), grid, real)
     if rounded is None:
         build.call(node, run, (x,), node, "layer_norm")
     elif not real:
@@ -128,8 +138,6 @@ def fuse_norm(build: Builder, node: fx.Node) -> None:
 
 def _both(build: Builder, node: fx.Node, rounded: fx.Node, run: Any) -> None:
     """A kernel with two results: the floats for ``node``, the codes for ``rounded``."""
-    import operator
-
     with build.graph.inserting_before(node):
         both = build.graph.call_function(run, (node.args[0],))
         real = build.graph.call_function(operator.getitem, (both, 0))
@@ -155,7 +163,7 @@ def fuse_sum_norm(build: Builder, node: fx.Node) -> None:
     last = only_user(node, "int_layer_norm") if name_of(node) == "int_add" else None
     if last is not None:
         run = sum_of(build, node, norm_of(build, last))
-        build.call(last, run, tuple(node.args[0]), last, "int_add + int_layer_norm")  # type: ignore[arg-type]
+        build.call(last, run, tuple(args_of(node)[0]), last, "int_add + int_layer_norm")
 
 
 def fuse_attention(build: Builder, node: fx.Node) -> None:
@@ -176,12 +184,13 @@ def fuse_attention(build: Builder, node: fx.Node) -> None:
     last = None if product is None else only_user(product, "requantize")
     if last is None or grid.qmin < 0:
         return
-    (q, k), (p, v) = sides_of(build, scores), sides_of(build, product)  # type: ignore[arg-type]
+    assert product is not None
+    (q, k), (p, v) = sides_of(build, scores), sides_of(build, product)
     fixed = fixed_of(build, last)
     if p.zero_point != grid.zero_point or isinstance(fixed.multiplier, torch.Tensor):
         raise Keep("its probabilities are shifted, or its results have several scales")
     run = kernels.attention(q, k, v, grid, fixed, scale=scale, whole=whole)
-    args = (*scores.args[:2], product.args[1], *(() if mask is None else (mask,)))  # type: ignore[union-attr]
+    args = (*scores.args[:2], product.args[1], *(() if mask is None else (mask,)))
     build.call(last, run, args, last, "attention")
 
 

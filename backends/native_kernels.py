@@ -1,4 +1,4 @@
-"""The native kernels as functions on torch tensors. Each maker takes constants once, packs them, and returns a function.
+"""The native kernels as functions on torch tensors. Each maker packs constants once and returns a function.
 
 A function checks shapes as far as memory safety needs it; dtypes are those the graph has. Results are new, contiguous
 tensors. Threads: ``torch.get_num_threads()`` at each call.
@@ -448,7 +448,7 @@ def int_add(
     dtype: torch.dtype,
     norm: NormCodes | None = None,
 ) -> Run:
-    """``f(*terms)``: up to 3 integer tensors that broadcast to ``[..., n]``, added in fixed point and rounded once; with
+    """``f(*terms)``: up to 3 integer tensors that broadcast to ``[..., n]``, added in fixed point, rounded once; with
     ``norm`` their ``int_layer_norm``. ``multipliers``: ints, or int64 ``[n]``."""
     call = _grid_kernel("sum", [P, P, I64, P, INT])
     factors = [torch.as_tensor(m, dtype=torch.int64).reshape(-1).contiguous() for m in multipliers]

@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL:
 
 
 def available() -> str:
-    """"" where the kernels run, else why they do not."""
+    """ "" where the kernels run, else why they do not."""
     try:
         library()
     except Unavailable as why:

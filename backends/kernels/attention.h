@@ -43,7 +43,7 @@ static inline void probabilities(const Attention& p, const Tokens& t, int64_t b,
     x = _mm512_mul_ps(x, _mm512_set1_ps(p.scale));
     if (mask)
       x = _mm512_add_ps(x, t.mask_step ? _mm512_maskz_loadu_ps(there, mask + j) : _mm512_set1_ps(*mask));
-    _mm512_mask_storeu_ps(real + j, there, x);
+    store_floats(real + j, x, there);
   }
   softmax_row(real, n, p.probs, out);
 }

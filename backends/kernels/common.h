@@ -86,8 +86,21 @@ static inline __m512i requantize16(__m512i acc, const Requantize& p, int64_t cha
   return to_codes(r, p.zero_point, p.qmin, p.qmax);
 }
 
+// Stores of a vector or of the tail of a row; masked stores are slow on some CPUs, so whole vectors go without.
 static inline void store_bytes(void* to, __m512i codes, Lanes mask) {
-  _mm_mask_storeu_epi8(to, mask, _mm512_cvtepi32_epi8(codes));
+  const __m128i bytes = _mm512_cvtepi32_epi8(codes);
+  if (__builtin_expect(mask == 0xffff, 1)) _mm_storeu_si128(static_cast<__m128i*>(to), bytes);
+  else _mm_mask_storeu_epi8(to, mask, bytes);
+}
+
+static inline void store_ints(int32_t* to, __m512i v, Lanes mask) {
+  if (__builtin_expect(mask == 0xffff, 1)) _mm512_storeu_si512(to, v);
+  else _mm512_mask_storeu_epi32(to, mask, v);
+}
+
+static inline void store_floats(float* to, __m512 v, Lanes mask) {
+  if (__builtin_expect(mask == 0xffff, 1)) _mm512_storeu_ps(to, v);
+  else _mm512_mask_storeu_ps(to, mask, v);
 }
 
 // 64 codes, as bytes, through a table of 256 bytes.

@@ -129,12 +129,12 @@ void kdlsq_quantize(const float* x, const Grid* g, int64_t rows, int64_t n, uint
 
 void kdlsq_gelu(const float* x, float* out, int64_t n) {  // for tests of the curve
   for (int64_t j = 0; j < n; j += 16)
-    _mm512_mask_storeu_ps(out + j, lanes(n - j), gelu16(_mm512_maskz_loadu_ps(lanes(n - j), x + j)));
+    store_floats(out + j, gelu16(_mm512_maskz_loadu_ps(lanes(n - j), x + j)), lanes(n - j));
 }
 
 void kdlsq_exp(const float* x, float* out, int64_t n) {
   for (int64_t j = 0; j < n; j += 16)
-    _mm512_mask_storeu_ps(out + j, lanes(n - j), exp16(_mm512_maskz_loadu_ps(lanes(n - j), x + j)));
+    store_floats(out + j, exp16(_mm512_maskz_loadu_ps(lanes(n - j), x + j)), lanes(n - j));
 }
 
 }  // extern "C"

@@ -25,14 +25,14 @@ static inline void finish_row(
     const Lanes mask = lanes(p.n - at);
     const __m512i acc = _mm512_add_epi32(_mm512_loadu_si512(sums + 16 * j), _mm512_loadu_si512(p.bias + at));
     if (p.behind == ACCUMULATOR) {
-      _mm512_mask_storeu_epi32(static_cast<int32_t*>(out) + at, mask, acc);
+      store_ints(static_cast<int32_t*>(out) + at, acc, mask);
     } else if (p.behind == CODES) {
       _mm_store_si128(reinterpret_cast<__m128i*>(codes + 16 * j), _mm512_cvtepi32_epi8(requantize16(acc, p.requantize, at)));
     } else {
       __m512 real = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), _mm512_loadu_ps(p.scale + at));
       if (p.behind == REAL) {
         if (residual) real = _mm512_add_ps(real, _mm512_maskz_loadu_ps(mask, residual + at));
-        _mm512_mask_storeu_ps(static_cast<float*>(out) + at, mask, real);
+        store_floats(static_cast<float*>(out) + at, real, mask);
       } else {
         if (p.curve == GELU) real = gelu16(real);
         if (p.curve == RELU) real = _mm512_max_ps(real, _mm512_setzero_ps());
@@ -42,10 +42,10 @@ static inline void finish_row(
   }
   if (p.behind != CODES) return;
   const int64_t left = p.n - column;
-  const __mmask64 mask = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
   __m512i row = _mm512_load_si512(codes);
   if (p.table) row = lookup64(row, p.table);
-  _mm512_mask_storeu_epi8(static_cast<uint8_t*>(out) + column, mask, row);
+  if (left >= 64) _mm512_storeu_si512(static_cast<uint8_t*>(out) + column, row);
+  else _mm512_mask_storeu_epi8(static_cast<uint8_t*>(out) + column, (__mmask64(1) << left) - 1, row);
 }
 
 // x: `m` rows of k bytes (k a multiple of 4), `ldx` bytes apart. out, residual: [m, n] contiguous.

@@ -80,7 +80,8 @@ static inline void pack_left(const uint8_t* data, int64_t stride, int m, int64_t
       const __mmask64 there = in >= 64 ? ~__mmask64(0) : (__mmask64(1) << in) - 1;
       const __mmask64 room = fit >= 64 ? ~__mmask64(0) : (__mmask64(1) << fit) - 1;
       const __m512i codes = _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, data + i * stride + k), bits);
-      _mm512_mask_storeu_epi8(out + i * wide + k, room, _mm512_maskz_mov_epi8(there, codes));
+      if (fit >= 64) _mm512_storeu_si512(out + i * wide + k, _mm512_maskz_mov_epi8(there, codes));
+      else _mm512_mask_storeu_epi8(out + i * wide + k, room, _mm512_maskz_mov_epi8(there, codes));
     }
   }
 }

@@ -23,7 +23,7 @@ static inline void softmax_row(float* x, int64_t n, const Grid& g, uint8_t* out)
     const Lanes mask = lanes(n - j);
     const __m512 e = _mm512_maskz_mov_ps(mask, exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + j), top)));
     total = _mm512_add_ps(total, e);
-    _mm512_mask_storeu_ps(x + j, mask, e);
+    store_floats(x + j, e, mask);
   }
   const __m512 factor = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
   for (int64_t j = 0; j < n; j += 16) {
@@ -70,7 +70,7 @@ static inline void int_softmax_row(
       mask &= _mm_test_epi8_mask(kept, kept);
     }
     const __m512i found = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, d, s.table, 4);
-    _mm512_mask_storeu_epi32(e + j, stored, found);
+    store_ints(e + j, found, stored);
     total = _mm512_add_epi64(total, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(found)));
     total = _mm512_add_epi64(total, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(found, 1)));
   }
@@ -109,7 +109,7 @@ static inline void norm_row(const float* x, int64_t n, const float* gain, const 
     __m512 y = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + j), mean), factor);
     if (gain) y = _mm512_mul_ps(y, _mm512_maskz_loadu_ps(mask, gain + j));
     if (offset) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, offset + j));
-    if (real) _mm512_mask_storeu_ps(real + j, mask, y);
+    if (real) store_floats(real + j, y, mask);
     if (codes) store_bytes(codes + j, quantize16(y, g), mask);
   }
 }
