@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kdlsq_fx.compiled import compiled
 from kdlsq_fx.fused_grid import Grid, dense
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = "-O3 -march=native -std=c++17 -shared -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=off"
-COMPILERS = ("g++", "clang++", "c++")
+FLAGS = ("-fno-math-errno", "-fno-trapping-math")
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16"}
-
-
-class Unavailable(Exception):
-    """The fused kernels cannot be had here; the text says why."""
 
 
 class _Layout(ctypes.Structure):
@@ -44,49 +34,6 @@ class _Squares(ctypes.Structure):
         *((k, ctypes.c_int64) for k in ("floored", "threads")),
         ("floor", ctypes.c_float),
     ]
-
-
-def compiler() -> str:
-    """The C++ compiler: ``$CXX``, or the first of the usual ones. Unavailable where there is none."""
-    named = os.environ.get("CXX", "")
-    found = shutil.which(named) if named else next((p for c in COMPILERS if (p := shutil.which(c))), None)
-    if not found:
-        raise Unavailable(f"no C++ compiler ({named or ', '.join(COMPILERS)}) is on the PATH")
-    return found
-
-
-def _processor() -> str:
-    """What -march=native depends on: a library built on one processor must not be loaded on another."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-    except OSError:
-        return platform.processor()
-
-
-def library() -> Path:
-    """The built library, from ``$KDLSQ_CACHE`` (default ``~/.cache/kdlsq_fx``); built where it is not there yet."""
-    cxx = compiler()
-    said = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False).stdout
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), FLAGS, said, _processor(), platform.machine()]).encode())
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdlsq_fx"
-    folder = Path(os.environ.get("KDLSQ_CACHE") or default)
-    path = folder / f"fused_{key.hexdigest()[:20]}.so"
-    if path.exists():
-        return path
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            made = Path(work) / path.name
-            done = subprocess.run(
-                [cxx, *FLAGS.split(), str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise Unavailable(f"{cxx} failed: {done.stderr.strip()[-400:]}")
-            made.replace(path)
-    except OSError as err:
-        raise Unavailable(f"{folder} cannot be written ({err})") from None
-    return path
 
 
 def _pointer(t: Tensor | None) -> ctypes.c_void_p:
@@ -112,7 +59,7 @@ class Cpu:
     """The kernels on the CPU. Scales and gradients are float32 or float64, the input may be bfloat16 beside float32."""
 
     def __init__(self) -> None:
-        self.lib = ctypes.CDLL(str(library()))
+        self.lib = ctypes.CDLL(str(compiled("fused", [SOURCE], FLAGS)))
 
     def takes(self, x: Tensor, raw: Tensor, grid: Grid) -> bool:
         if raw.dtype not in (torch.float32, torch.float64):

@@ -334,7 +334,7 @@ def test_other_devices_are_refused():
 
 def test_the_library_says_why_it_is_not_there(monkeypatch, tmp_path):
     build = native_library.library.__wrapped__
-    monkeypatch.setenv("KDLSQ_FX_CACHE", str(tmp_path / "open"))
+    monkeypatch.setenv("KDLSQ_CACHE", str(tmp_path / "open"))
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     for change, text in (
@@ -353,7 +353,7 @@ def test_a_broken_compiler_leaves_nothing_behind(monkeypatch, tmp_path):
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho it broke >&2\nexit 1\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("KDLSQ_FX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("KDLSQ_CACHE", str(tmp_path / "cache"))
     with pytest.raises(native_library.Unavailable, match="it broke"):
         native_library.library.__wrapped__()
     assert not list((tmp_path / "cache").iterdir())
