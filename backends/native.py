@@ -27,6 +27,7 @@ from . import native_kernels as kernels
 from . import native_onednn
 from .native_library import available
 
+TERMS = (torch.int8, torch.uint8, torch.int16, torch.int32)
 FREE = ("view", "reshape", "transpose", "permute", "slice", "select", "expand", "unsqueeze", "squeeze", "contiguous")
 
 
@@ -220,6 +221,8 @@ def sum_of(build: Builder, node: fx.Node, norm: kernels.NormCodes | None = None)
     factors = [build.number(m, "a multiplier") for m in multipliers]
     if any(isinstance(f, torch.Tensor) and (f.dim() != 1 or axis[0] != -1) for f in factors):
         raise Keep("it has scales along a dimension that is not the last")
+    if any(dtype_of(t) not in TERMS for t in terms):
+        raise Keep("a term takes more than 32 bits")
     dtype = dtype_of(node) or torch.int32
     return kernels.int_add(factors, zeros, shift, zero_point, qmin, qmax, dtype, norm)
 

@@ -1,7 +1,7 @@
 """The native kernels as functions on torch tensors. Each maker packs constants once and returns a function.
 
-A function checks shapes as far as memory safety needs it; dtypes are those the graph has. Results are new, contiguous
-tensors. Threads: ``torch.get_num_threads()`` at each call.
+Operands of another dtype or layout than a kernel reads are converted first, and shapes are checked where memory safety
+hangs on them. Results are new, contiguous tensors. Threads: ``torch.get_num_threads()`` at each call.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..errors import InputError
 from ..ops.int_softmax import TABLE_LAST
 from . import native_structs as c
 from .native_library import library
@@ -129,6 +130,8 @@ def linear(
     call.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 2 + [ctypes.c_int]
 
     def linear(x: torch.Tensor, residual: torch.Tensor | None = None, kept: Any = kept) -> torch.Tensor:
+        if x.shape[-1] != k:
+            raise InputError(f"rows of {x.shape[-1]} codes meet a weight of {k}")
         if wide != k:
             x = F.pad(x, (0, wide - k))
         if x.dim() != 2 or x.stride(1) != 1:
@@ -139,7 +142,7 @@ def linear(
         if residual is not None and residual.shape != out.shape:
             residual, later = None, residual
         if residual is not None:
-            residual = residual.contiguous()
+            residual = residual.float().contiguous()
         call(
             ref,
             x.data_ptr(),
@@ -180,7 +183,7 @@ def layer_norm(
     dtype = None if grid is None else grid.dtype
 
     def layer_norm(x: torch.Tensor, kept: Any = (gain, offset)) -> Any:
-        x = x.contiguous()
+        x = x.float().contiguous()
         floats = torch.empty_like(x) if real else None
         codes = torch.empty(x.shape, dtype=dtype) if dtype is not None else None
         call(
@@ -206,7 +209,7 @@ def quantize(grid: CodeGrid) -> Run:
     ref, dtype = ctypes.byref(struct), grid.dtype
 
     def quantize(x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
+        x = x.float().contiguous()
         out = torch.empty(x.shape, dtype=dtype)
         n = x.shape[-1] if x.dim() else 1
         call(x.data_ptr(), ref, x.numel() // max(n, 1), n, out.data_ptr(), torch.get_num_threads())
@@ -222,7 +225,7 @@ def requantize(fixed: Fixed) -> Run:
     ref, dtype = ctypes.byref(struct), fixed.dtype
 
     def requantize(acc: torch.Tensor, kept: Any = alive) -> torch.Tensor:
-        acc = acc.contiguous()
+        acc = acc.to(torch.int32).contiguous()
         out = torch.empty(acc.shape, dtype=dtype)
         n = acc.shape[-1] if acc.dim() else 1
         call(acc.data_ptr(), ref, acc.numel() // max(n, 1), n, out.data_ptr(), torch.get_num_threads())
@@ -290,7 +293,7 @@ def softmax(grid: CodeGrid) -> Run:
     ref, dtype = ctypes.byref(struct), grid.dtype
 
     def softmax(x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
+        x = x.float().contiguous()
         out, n = torch.empty(x.shape, dtype=dtype), x.shape[-1]
         call(x.data_ptr(), x.numel() // n, n, ref, out.data_ptr(), torch.get_num_threads())
         return out
@@ -319,10 +322,10 @@ def int_softmax(whole: Whole, grid: CodeGrid) -> Run:
     dtype = grid.dtype
 
     def int_softmax(x: torch.Tensor, keep: torch.Tensor | None = None, kept: Any = whole) -> torch.Tensor:
-        x = x.contiguous()
+        x = x.to(torch.int32).contiguous()
         out, n = torch.empty(x.shape, dtype=dtype), x.shape[-1]
         if keep is not None:
-            keep = keep.expand(x.shape).contiguous()
+            keep = keep.bool().expand(x.shape).contiguous()
         call(
             x.data_ptr(),
             None if keep is None else keep.data_ptr(),
@@ -365,6 +368,7 @@ def attention(
         p.whole = whole.struct()
     ref, dtype, kind = ctypes.byref(p), out.dtype, ADDED if whole is None else KEPT
     q_zero, k_zero = q.zero_point, k.zero_point
+    mask_dtype = torch.float32 if whole is None else torch.bool
 
     def attention(
         q: torch.Tensor,
@@ -387,7 +391,7 @@ def attention(
         t.dim = dim
         t.q_strides, t.k_strides, t.v_strides = q.stride()[:3], k.stride()[:3], v.stride()[:3]
         if mask is not None:
-            mask = mask.expand(batch, heads, rows, keys)
+            mask = mask.to(mask_dtype).expand(batch, heads, rows, keys)
             if mask.stride(3) > 1:
                 mask = mask.contiguous()
             t.mask_strides, t.mask_step = mask.stride()[:3], mask.stride(3)
