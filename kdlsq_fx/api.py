@@ -97,8 +97,9 @@ def convert(
 ) -> Any:
     """qat -> int: integer matrix products, requantization and look-ups; float islands are listed with their reason.
 
-    ``backend``: ``"reference"`` executes the graph in NumPy, ``"torch"`` as the GraphModule it is. Both take the
-    model's own arguments and return its own output; they agree bit for bit in all that is integer.
+    ``backend``: ``"reference"`` executes the graph in NumPy, ``"torch"`` as the GraphModule it is, ``"native"`` on int8
+    kernels (docs/native.md). All take the model's own arguments and return its own output; they agree bit for bit in
+    all that is integer.
     ``allow_islands``: may ops stay float? None: with the kdlsq placement, which leaves much in float, yes; with the
     integer placement no, and LoweringError lists them.
     Raises CalibrationError before calibration, LoweringError (site and bound) where an accumulator could overflow;

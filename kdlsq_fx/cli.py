@@ -198,7 +198,7 @@ def _eval(commands: Any) -> None:
     kg_cli.add_options(p)
     p.add_argument("--split", choices=("dev", "train", "test"), default="dev", help="which rows")
     p.add_argument("--tokenizer", help="folder with the tokenizer (default: the model's folder or one beside it)")
-    p.add_argument("--backend", default="reference", help="what runs an int folder: reference or torch")
+    p.add_argument("--backend", default="reference", help="what runs an int folder: reference, torch or native")
     p.add_argument("--batch-size", type=_at_least(1), default=64, help="rows of a batch")
     p.add_argument("--max-length", type=_at_least(4), help="tokens of a row")
     p.add_argument("--out", type=Path, help="write the scores and predictions as JSON")
