@@ -21,7 +21,9 @@ _WHERE = {
     "build_cache": "kd_cache_build",
     "Compression": "compression",
     "Loss": "kd_named",
-    "Tap": "distillation",
+    "Tap": "taps",
+    "TapPlan": "tap_plan",
+    "plan_taps": "planning",
     "match_graphs": "matching",
     "graph_pass": "pipeline",
     "Trace": "pipeline",
@@ -40,6 +42,7 @@ __all__ = [
     "QSpec",
     "Rule",
     "Tap",
+    "TapPlan",
     "Trace",
     "build_cache",
     "calibrate",
@@ -52,6 +55,7 @@ __all__ = [
     "graph_pass",
     "match_graphs",
     "param_groups",
+    "plan_taps",
     "prepare_qat",
     "preset",
     "scale_report",
@@ -62,14 +66,17 @@ if TYPE_CHECKING:
     from .calibration import calibrate, param_groups, scale_report
     from .comparison import compare
     from .compression import Compression
-    from .distillation import Tap, distill
+    from .distillation import distill
     from .errors import KdlsqError
     from .kd_cache import Cache
     from .kd_cache_build import build_cache
     from .kd_named import Loss
     from .matching import match_graphs
     from .pipeline import Trace, graph_pass
+    from .planning import plan_taps
     from .qconfig import QConfig, QSpec, Rule, preset
+    from .tap_plan import TapPlan
+    from .taps import Tap
 
 
 def __getattr__(name: str) -> Any:

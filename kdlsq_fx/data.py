@@ -17,6 +17,7 @@ import torch
 
 from kdlsq_fx.errors import InputError
 from kdlsq_fx.rows import Rows, find_split, read, read_file
+from kdlsq_fx.tap_plan import PREFIX
 
 WINDOW = 50  # batches per length-sorting window: wide enough to waste almost no padding, narrow enough to stay random
 
@@ -145,6 +146,50 @@ class Encoded:
             if array is not None:
                 digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Paired(Encoded):
+    """The same rows as two tokenizers read them: what a student and a teacher of another tokenizer train on.
+
+    A batch holds the student's fields, and the teacher's as ``teacher_input_ids``, ``teacher_attention_mask`` (and
+    ``teacher_token_type_ids``), int64 [rows, the teacher's length]. Order and lengths are the student's.
+    """
+
+    teacher: Encoded | None = None
+
+    @classmethod
+    def of(cls, student: Encoded, teacher: Encoded) -> Paired:
+        """Both readings of the same rows; InputError where they are not."""
+        a, b = student.labels, teacher.labels
+        same = a is b if a is None or b is None else np.array_equal(a, b)
+        if len(student) != len(teacher) or not same:
+            what = f"the two are not the same rows: {len(student)} for the student, {len(teacher)} for the teacher"
+            raise InputError(what, do="encode one list of rows with both tokenizers, or give them the same labels")
+        return cls(student.ids, student.types, student.starts, student.labels, student.pad_id, teacher)
+
+    @property
+    def theirs(self) -> Encoded:
+        """The teacher's reading."""
+        if self.teacher is None:
+            raise InputError("there is no reading of the teacher", do="make it with Paired.of(student, teacher)")
+        return self.teacher
+
+    def head(self, rows: int) -> Paired:
+        return Paired.of(super().head(rows), self.theirs.head(rows))
+
+    def batch(self, rows: Sequence[int] | np.ndarray, *, labels: bool = True) -> dict[str, torch.Tensor]:
+        own = self.theirs.batch(rows, labels=False)
+        return super().batch(rows, labels=labels) | {f"{PREFIX}{k}": v for k, v in own.items()}
+
+    def sample(self, batches: int, *, batch_size: int, seed: int) -> list[dict[str, torch.Tensor]]:
+        """Batches for calibration, which only the student reads."""
+        made = super().sample(batches, batch_size=batch_size, seed=seed)
+        return [{k: v for k, v in one.items() if not k.startswith(PREFIX)} for one in made]
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint}-{self.theirs.fingerprint}"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,11 @@ from .distill_output import DistillOutput
 from .errors import ConfigError, InputError
 from .kd_cache import Cache
 from .kd_named import Loss, named_loss
-from .kd_setup import (
-    check_options,
-    check_outputs,
-    check_shapes,
-    check_vocabulary,
-    given_taps,
-    matched_taps,
-    output_names,
-)
+from .kd_setup import check_options, check_outputs, check_plan
 from .kd_targets import (
     Targets,
     Teacher,
+    axes_handed,
     frozen_teacher,
     separator_of,
     token_weight,
@@ -37,31 +30,37 @@ from .kd_targets import (
 )
 from .matching import Match, match_graphs
 from .model import QuantModel
-from .taps import Tap, node_at, token_axes
+from .planning import found_plan
+from .projection import make_projections
+from .tap_plan import PREFIX, TapPlan
+from .taps import Tap, node_at, output_names, token_axes
 
-__all__ = ["DistillOutput", "Distiller", "Tap", "distill"]
+__all__ = ["DistillOutput", "Distiller", "distill"]
 
 
 class Distiller(nn.Module):
     """The student with the distillation loss around it; made by :func:`distill`.
 
-    ``kd(**batch)`` runs both models and returns a :class:`DistillOutput`. ``student`` is the qat model itself, whose
-    parameters are the only ones here: the teacher is no submodule, so it stands in no ``state_dict``, ``parameters``
-    or checkpoint, keeps eval mode under ``kd.train()``, and follows ``kd.to(device)``.
+    ``kd(**batch)`` runs both models and returns a :class:`DistillOutput`. ``student`` is the qat model itself;
+    ``projections`` are the plan's trained maps, which belong to the training and not to the student: they stand in
+    ``kd``'s parameters and state, so give ``param_groups(kd, ...)`` to the optimizer. The teacher is no submodule, so
+    it stands in no ``state_dict``, ``parameters`` or checkpoint, keeps eval mode under ``kd.train()``, and follows
+    ``kd.to(device)``.
     """
 
     accepts_loss_kwargs = False  # as QuantModel's: the loss is a mean over the batch
     moves_inputs = True
 
     def __init__(
-        self, student: QuantModel, targets: Targets, taps: tuple[Tap, ...], weights: dict[str, float], loss: Loss
+        self, student: QuantModel, targets: Targets, plan: TapPlan, weights: dict[str, float], loss: Loss
     ) -> None:
         super().__init__()
         self.student = student
-        self.taps, self.weights, self.loss = taps, weights, loss
+        self.projections = make_projections(plan.projections).to(student.device)
+        self.plan, self.weights, self.loss = plan, weights, loss
         self.progress: float | None = None  # the share of the run that is done; what trains says it
-        places = [node_at(student.gm, t.student, "student") for t in taps]
-        self._axes = [token_axes(student.gm, node) for node in places]
+        places = [node_at(student.gm, t.student, "student") for t in plan.taps]
+        self._lie = [token_axes(student.gm, node) for node in places]
         self._unregistered = (targets, with_taps(student.gm, places))  # in a tuple: no submodules
 
     @property
@@ -77,6 +76,10 @@ class Distiller(nn.Module):
         return self.targets.model
 
     @property
+    def taps(self) -> tuple[Tap, ...]:
+        return self.plan.taps
+
+    @property
     def config(self) -> Any:
         return self.student.config
 
@@ -89,10 +92,7 @@ class Distiller(nn.Module):
         return match_graphs(self.student, self.teacher)
 
     def report(self) -> str:
-        """The taps and the weights of the terms, as text."""
-        rows = [
-            f"{t.loss:10s} {t.student}" + (f"  <-  {t.teacher}" if t.teacher != t.student else "") for t in self.taps
-        ]
+        """The plan and the weights of the terms, as text."""
         terms = ", ".join(f"{k} {v:g}" for k, v in self.weights.items())
         loss = self.loss
         more = f"temperature {loss.temperature:g}; padding {loss.padding}; schedule {loss.schedule}"
@@ -100,26 +100,24 @@ class Distiller(nn.Module):
             more += (
                 f"; compress {loss.compress} ({loss.compress.tokens}, {loss.compress.features}, {loss.compress.mask})"
             )
-        return "\n".join([*rows, f"weights: {terms}; {more}"])
+        return f"{self.plan}\nweights: {terms}; {more}"
 
     def forward(self, *args: Any, **kwargs: Any) -> DistillOutput:
         """Both sides on one batch. InputError where the batch does not fit, or labels are needed and not there.
 
         ``example_id`` (batch,): the rows' numbers in the data set, where the targets come from a cache.
+        ``teacher_input_ids`` and so on: what the teacher reads, where it has another tokenizer.
         """
-        ids = kwargs.pop("example_id", None)
+        more = {k: kwargs.pop(k) for k in list(kwargs) if k == "example_id" or k.startswith(PREFIX)}
         labels, inputs = self.student.split(*args, **kwargs)
         weights = self._weights_now()
-        wanted = self.targets.wanted({**kwargs, "example_id": ids}, inputs)
+        wanted = self.targets.wanted({**kwargs, **more}, inputs)
         flat, values = self._unregistered[1](*(inputs[n] for n in self.student.input_names))
         fields = dict(zip(output_names(self.student), flat))
         weight = token_weight(inputs, self.loss.padding)
-        parts = self._between(values, wanted.taps, weight, weights)
+        parts = self._between(values, wanted.taps, weight, weights, inputs.get("attention_mask"))
         if weights["logits"] and not any(t.loss == "logits" for t in self.taps):
             parts["logits"] = self._logits(fields, wanted.outputs, weight, labels)
-        if weights["pooled"]:
-            mask = inputs.get("attention_mask")
-            parts["pooled"] = losses.pooled(fields["last_hidden_state"], wanted.outputs["pooled"], mask)
         if weights["gold"]:
             self._want_labels(labels, "gold has a weight", "set gold=0")
             parts["gold"] = self.student.pack(flat, labels)["loss"]
@@ -146,14 +144,23 @@ class Distiller(nn.Module):
         wanted: tuple[Kept, ...],
         weight: torch.Tensor | None,
         weights: dict[str, float],
+        mask: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         """Terms at the taps: for each loss the sum over its taps."""
         parts: dict[str, torch.Tensor] = {}
-        for tap, axes, value, kept in zip(self.taps, self._axes, values, wanted):
+        for tap, lie, value, kept in zip(self.taps, self._lie, values, wanted):
             if weights[tap.loss]:
-                term = self._at(tap, axes, value, kept, weight)
+                term = self._at(tap, axes_handed(tap, lie), self._handed(tap, lie, value, mask), kept, weight)
                 parts[tap.loss] = parts[tap.loss] + term if tap.loss in parts else term
         return parts
+
+    def _handed(self, tap: Tap, lie: tuple[int, ...], value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The student's value as the loss gets it: tokens first, pooled, projected."""
+        if tap.loss in ("hidden", "pooled"):
+            value = tokens_first(value, lie)
+        if tap.loss == "pooled":
+            value = losses.sentence_vectors(value.float(), mask)
+        return self.projections[tap.projection](value) if tap.projection else value
 
     def _at(
         self, tap: Tap, axes: tuple[int, ...], value: torch.Tensor, kept: Kept, weight: torch.Tensor | None
@@ -161,10 +168,12 @@ class Distiller(nn.Module):
         """The term of one tap."""
         if kept.positions is not None:
             both = self.loss.compress is not None and self.loss.compress.mask == "both"
-            return losses.kept_mse(tokens_first(value, axes), kept, both=both)
+            return losses.kept_mse(value, kept, both=both)
         if value.shape != kept.values.shape:
             what = f"shapes {tuple(value.shape)} and {tuple(kept.values.shape)} differ"
             raise InputError(what, where=tap.student)
+        if tap.loss == "pooled":
+            return losses.pooled(value, kept.values)
         if tap.loss == "logits":
             return losses.soft_cross_entropy(value, kept.values, weight if 1 in axes else None, self.loss.temperature)
         return losses.mse(value, kept.values, weight, axes, losses.MASKED if tap.loss == "attention" else None)
@@ -210,7 +219,7 @@ def distill(
     *,
     loss: str | Loss = "kdlsq",
     cache: str | Path | Cache | None = None,
-    taps: Iterable[Tap] | None = None,
+    plan: TapPlan | None = None,
     **changes: Any,
 ) -> Distiller:
     """Put a distillation loss around ``qat``; its targets come from a running teacher, or from a cache of one.
@@ -225,16 +234,19 @@ def distill(
     * ``L_pred``: soft cross-entropy to the teacher, mean over batch x classes (``temperature**2`` scales it); question
       answering: start + end over positions, times ``span``; one label (regression): MSE to the teacher's output, or
       with ``regression="gold"`` to the label; several labels at once: binary. A bare encoder has none.
-    * ``L_gt``: the head's own loss from the labels. ``L_vec``: 1 - cosine of the mean-pooled sentence vectors.
+    * ``L_gt``: the head's own loss from the labels. ``L_vec``: 1 - cosine of the sentence vectors, the means of the
+      last hidden states over the tokens.
 
     Args:
         qat: the student, from ``prepare_qat``. It is trained in place and stays what ``convert`` takes.
-        teacher: a model of the same tokenizer, or a QuantModel; it is copied, frozen and run in eval mode.
+        teacher: any model, or a QuantModel; it is copied, frozen and run in eval mode.
         loss: a name (``"kdlsq"``, ``"ternarybert"``, ``"hsk"``; with ``-release`` to the letter of the released code,
             padding and all), or a :class:`kdlsq_fx.kd_named.Loss`. With a cache: the one it was made for.
-        cache: a folder that ``kdlsq-fx cache`` made, in place of a teacher. It brings the taps and the compression;
+        cache: a folder that ``kdlsq-fx cache`` made, in place of a teacher. It brings the plan and the compression;
             the batches then need ``example_id``.
-        taps: pairs of sites to use in place of the hidden and attention taps found in the graphs.
+        plan: which values are compared; taps of a loss of weight 0 are left out. None: ``plan_taps`` finds one, with
+            projections for another width and the uniform layer map for another depth, and a warning tells what cannot
+            be compared (attention with another number of heads, tokens of another tokenizer).
         changes: fields of the loss that are to differ: ``hidden, attention, logits, gold, pooled, temperature,
             regression, span, compress, schedule, share``, and ``padding``. ``padding="exclude"``: rows and columns of
             padded positions leave every mean; each example is averaged over its own tokens, then the examples are
@@ -243,54 +255,58 @@ def distill(
             padded queries and hidden states of padding count in full).
 
     Raises:
-        ConfigError: weights or options make no sense; no taps; another vocabulary; shapes differ at a tap.
+        ConfigError: weights or options make no sense; no taps; a plan of other networks; shapes differ at a tap.
         CheckpointError: the cache is damaged or not finished.
     """
     if (teacher is None) == (cache is None):
         raise ConfigError("a student learns from a teacher or from a cache", do="give one of teacher and cache=")
     if cache is not None:
-        return _from_cache(qat, cache, taps, loss, changes)
+        return _from_cache(qat, cache, plan, loss, changes)
     chosen = named_loss(loss).changed(changes)
     weights = chosen.weights
     check_options(qat, teacher, weights, chosen.temperature, chosen.padding)
     assert isinstance(teacher, nn.Module)
     frozen = frozen_teacher(teacher, qat)
-    found = given_taps(taps, weights) if taps is not None else matched_taps(qat, frozen, weights)
-    found = upper(found, chosen.compress)
-    check_vocabulary(qat, frozen, found)
-    check_shapes(qat, frozen, found)
-    check_outputs(qat, frozen, weights, found)
+    if plan is not None and not isinstance(plan, TapPlan):
+        raise ConfigError(
+            f"plan is a {type(plan).__name__}", do="use plan_taps(student, teacher) or TapPlan.load(path)"
+        )
+    plan = found_plan(qat, frozen, weights) if plan is None else plan.only([k for k, v in weights.items() if v])
+    plan = upper(plan, chosen.compress)
+    check_plan(qat, frozen, plan)
+    check_outputs(qat, frozen, weights, plan)
     if chosen.compress is not None:
         chosen = replace(chosen, compress=chosen.compress.with_separator(separator_of(frozen.config)))
-    targets = Teacher(frozen, found, chosen, checked=frozen.covers(qat))
-    return _signed(qat)(qat, targets, found, weights, chosen)
+    own = [PREFIX + n for n in frozen.input_names] if plan.teacher_inputs == "own" else []
+    targets = Teacher(frozen, plan, chosen, checked=not own and frozen.covers(qat))
+    return _signed(qat, *own)(qat, targets, plan, weights, chosen)
 
 
 def _from_cache(
-    qat: QuantModel, cache: str | Path | Cache, taps: Iterable[Tap] | None, loss: str | Loss, changes: dict[str, Any]
+    qat: QuantModel, cache: str | Path | Cache, plan: TapPlan | None, loss: str | Loss, changes: dict[str, Any]
 ) -> Distiller:
     """A Distiller whose targets were stored before."""
-    if taps is not None or loss != "kdlsq":
-        do = "leave taps= and loss= away; weights, temperature and schedule may differ"
-        raise ConfigError("a cache was made for its own taps and loss", do=do)
+    if plan is not None or loss != "kdlsq":
+        do = "leave plan= and loss= away; weights, temperature and schedule may differ"
+        raise ConfigError("a cache was made for its own plan and loss", do=do)
     opened = cache if isinstance(cache, Cache) else Cache.open(cache)
     chosen = opened.loss_with(changes)
     weights = chosen.weights
     check_options(qat, None, weights, chosen.temperature, chosen.padding)
     opened.check(qat, weights)
-    return _signed(qat, "example_id")(qat, opened, opened.taps, weights, chosen)
+    return _signed(qat, "example_id")(qat, opened, opened.plan, weights, chosen)
 
 
-def upper(taps: tuple[Tap, ...], compress: Compression | None) -> tuple[Tap, ...]:
-    """The taps without the lower hidden ones that a compression in depth leaves out."""
+def upper(plan: TapPlan, compress: Compression | None) -> TapPlan:
+    """The plan without the lower hidden taps that a compression in depth leaves out."""
     if compress is None or compress.depth is None:
-        return taps
-    hidden = [t for t in taps if t.loss == "hidden"]
+        return plan
+    hidden = [t for t in plan.taps if t.loss == "hidden"]
     if compress.depth > len(hidden):
         what = f"compress keeps {compress.depth} layers, the plan has {len(hidden)} hidden taps"
         raise ConfigError(what, do=f"keep at most {len(hidden)}, or set hidden above 0")
     gone = hidden[: -compress.depth]
-    return tuple(t for t in taps if t not in gone)
+    return plan.with_taps(t for t in plan.taps if t not in gone)
 
 
 def _signed(qat: QuantModel, *more: str) -> type[Distiller]:

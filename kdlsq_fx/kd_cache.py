@@ -27,7 +27,8 @@ from .kd_fields import Array, Field, decode, kept_tokens
 from .kd_named import TERMS, Loss
 from .kd_targets import Wanted
 from .model import QuantModel
-from .taps import Tap, node_at, shape_of
+from .tap_plan import TapPlan
+from .taps import node_at, shape_of
 
 INDEX = "cache.json"
 OPEN = 64  # shards mapped at a time
@@ -54,12 +55,12 @@ class Numbered:
 class Cache:
     """Targets of every row of one data set; made by :func:`kdlsq_fx.kd_cache_build.build_cache`.
 
-    ``taps`` and ``loss`` are those it was made for; ``rows`` how many examples it holds.
+    ``plan`` and ``loss`` are those it was made for; ``rows`` how many examples it holds.
     """
 
     def __init__(self, folder: Path, index: dict[str, Any]) -> None:
         self.folder, self.index = folder, index
-        self.taps = tuple(Tap(**tap) for tap in index["taps"])
+        self.plan = TapPlan.from_dict(index["plan"], where=str(folder / INDEX))
         self.loss = Loss.from_dict(index["loss"])
         self.rows = int(index["rows"])
         self.fields = {name: Field(name, f["dtype"], tuple(f["shape"])) for name, f in index["fields"].items()}
@@ -121,8 +122,8 @@ class Cache:
 
     def check(self, qat: QuantModel, weights: dict[str, float]) -> None:
         """ConfigError where the student has not the cache's sites, or a term needs what is not stored."""
-        stored = {t.loss for t in self.taps} | {"gold"}
-        stored |= {"logits" for k in self.fields if k.endswith("logits")} | {k for k in self.fields if k == "pooled"}
+        stored = {t.loss for t in self.plan.taps} | {"gold"}
+        stored |= {"logits" for k in self.fields if k.endswith("logits")}
         for term in TERMS:
             if weights[term] and term not in stored:
                 has = ", ".join(sorted(stored - {"gold"}))
@@ -130,10 +131,11 @@ class Cache:
                     f"{term} has a weight, but the cache holds only {has}",
                     where=str(self.folder), do=f"set {term}=0, or make a cache with it",
                 )  # fmt: skip
-        for tap, width in zip(self.taps, self.index["widths"]):
+        for tap, width in zip(self.plan.taps, self.index["widths"]):
             shape = shape_of(node_at(qat.gm, tap.student, "student"))
-            if width not in shape[1:]:
-                what = f"the student's value has shape {shape}, the cached teacher is {width} wide"
+            own = self.plan.projections[tap.projection][0] if tap.projection else width
+            if own not in shape[1:]:
+                what = f"the student's value has shape {shape}, the cache was made for one {own} wide"
                 raise ConfigError(what, where=tap.student, do="make a cache for this student")
 
     def wanted(self, given: dict[str, Any], inputs: dict[str, torch.Tensor]) -> Wanted:
@@ -153,7 +155,7 @@ class Cache:
                     what, where=str(self.folder), do="train on the data set of the cache: cache.source(data)"
                 )
         return decode(
-            rows, self.fields, len(self.taps), self.index["widths"], self.loss.compress,
+            rows, self.fields, len(self.plan.taps), self.index["widths"], self.loss.compress,
             mask.argmax(1).tolist(), ids.shape[1], inputs["input_ids"].device,
         )  # fmt: skip
 

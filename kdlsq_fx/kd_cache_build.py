@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .files import FORMAT, make_folder, read_json, write_atomic, write_json
 from .kd_cache import INDEX, Cache, checksum, token_hash, tokenizer_hash
 from .kd_fields import STORES, Array, Field, encode, fields_of, kept_tokens
 from .kd_targets import Teacher, Wanted
+from .tap_plan import PREFIX
 
 SHARD_BYTES = 32 * 2**20  # small enough to hold two in memory, large enough for few files
 
@@ -84,7 +86,7 @@ def _index(
         "tokenizer": "" if tokenizer is None else tokenizer_hash(tokenizer),
         "teacher": _weights_hash(teacher),
         "loss": kd.loss.changed(kd.weights).to_dict(),  # without terms that this model has not
-        "taps": [asdict(tap) for tap in kd.taps],
+        "plan": json.loads(json.dumps(kd.plan.to_dict())),  # as it is read back: lists for tuples
         "widths": [_width(v.values, a if v.positions is None else (1,)) for v, a in zip(probe.taps, teacher.axes)],
         "store": store,
         "rows_per_shard": max(1, min(len(data), shard_bytes // most)),
@@ -162,9 +164,10 @@ def _by_length(data: Encoded, numbers: Array, batch_size: int) -> Iterator[Array
 
 def _run(kd: Distiller, teacher: Teacher, data: Encoded, rows: Array) -> Wanted:
     """The teacher's targets of some rows, without outputs of no weight."""
-    found = teacher.wanted({}, kd.student.split(**data.batch(rows, labels=False))[1])
-    kept = {k: v for k, v in found.outputs.items() if kd.weights["pooled" if k == "pooled" else "logits"]}
-    return replace(found, outputs=kept)
+    batch = data.batch(rows, labels=False)
+    own = {k: batch.pop(k) for k in list(batch) if k.startswith(PREFIX)}
+    found = teacher.wanted(own, kd.student.split(**batch)[1])
+    return found if kd.weights["logits"] else replace(found, outputs={})
 
 
 def _joined(rows: list[dict[str, Array]], fields: list[Field], data: Encoded, numbers: Array) -> dict[str, Array]:

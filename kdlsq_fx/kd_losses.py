@@ -160,6 +160,6 @@ def sentence_vectors(states: torch.Tensor, mask: torch.Tensor | None) -> torch.T
     return (states * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-def pooled(student: torch.Tensor, vectors: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """``1 - cosine`` of the student's sentence vectors and the teacher's (batch, width), mean over rows."""
-    return (1 - F.cosine_similarity(sentence_vectors(student.float(), mask), vectors, dim=-1)).mean()
+def pooled(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """``1 - cosine`` of two sentence vectors (batch, width), mean over rows."""
+    return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()

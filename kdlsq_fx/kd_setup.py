@@ -1,18 +1,17 @@
-"""What a student and a teacher must have in common for distillation, and the choice of taps."""
+"""What a student and a teacher must have in common for distillation, and whether a plan fits them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from .errors import ConfigError
-from .graph import output_args, site_of
-from .matching import Match, match_graphs
 from .model import QuantModel
-from .taps import Tap, find_taps, node_at, shape_of, vocabulary
+from .planning import is_of_sentences, output_shapes
+from .tap_plan import Side, TapPlan
+from .taps import Tap, node_at, shape_of, vocabulary, width_of
 
 PADDING = ("exclude", "paper")
 
@@ -38,77 +37,65 @@ def check_options(qat: Any, teacher: Any, weights: dict[str, float], temperature
         raise ConfigError(f"padding={padding!r} is unknown", do=f"use one of {', '.join(PADDING)}")
 
 
-def given_taps(taps: Iterable[Tap], weights: dict[str, float]) -> tuple[Tap, ...]:
-    chosen = tuple(taps)
-    wrong = [t for t in chosen if not isinstance(t, Tap)]
-    if wrong:
-        raise ConfigError(f"{wrong[0]!r} is not a Tap", do='use Tap(student=..., teacher=..., loss="hidden")')
-    return tuple(t for t in chosen if weights[t.loss])
-
-
-def matched_taps(qat: QuantModel, teacher: QuantModel, weights: dict[str, float]) -> tuple[Tap, ...]:
-    """Hidden and attention taps of both graphs, paired by the match of the graphs, else by their order."""
-    kinds = [k for k in ("hidden", "attention") if weights[k]]
-    if not kinds:
-        return ()
-    ours, theirs = find_taps(qat.gm), find_taps(teacher.gm)
-    match = match_graphs(qat, teacher)
-    chosen: list[Tap] = []
-    for kind in kinds:
-        a, b = ours.of(kind), theirs.of(kind)
-        if not a or not b:
-            side = "student" if not a else "teacher"
-            raise ConfigError(f"no {kind} taps found in the {side}", do=f"set {kind}=0, or name taps=[Tap(...), ...]")
-        if len(a) != len(b):
-            raise ConfigError(
-                f"the student has {len(a)} {kind} taps, the teacher {len(b)}",
-                where=site_of(a[-1]),
-                do=f"say with taps=[Tap(...), ...] which belong together, or set {kind}=0 (layer maps come later)",
-            )
-        chosen += _pair(kind, a, b, match)
-    return tuple(chosen)
-
-
-def _pair(kind: Any, ours: tuple[fx.Node, ...], theirs: tuple[fx.Node, ...], match: Match) -> list[Tap]:
-    """As the match says where it pairs tap with tap, one to one; else by order."""
-    sites = [site_of(n) for n in ours]
-    others = [site_of(n) for n in theirs]
-    partners = [match.partner(s) for s in sites]
-    if sorted(p or "" for p in partners) == sorted(others):
-        others = [str(p) for p in partners]
-    return [Tap(student=a, teacher=b, loss=kind) for a, b in zip(sites, others)]
-
-
-def check_vocabulary(qat: QuantModel, teacher: QuantModel, taps: tuple[Tap, ...]) -> None:
+def check_plan(qat: QuantModel, teacher: QuantModel, plan: TapPlan) -> None:
+    """Every tap stands on both sides with shapes that agree, projections have their widths, ids mean the same."""
     ours, theirs = vocabulary(qat.gm, qat.config), vocabulary(teacher.gm, teacher.config)
-    if taps and ours and theirs and ours != theirs:
+    _check_side("student", plan.student, ours)
+    _check_side("teacher", plan.teacher, theirs)
+    tokens = [t for t in plan.taps if t.loss in ("hidden", "attention")]
+    if plan.teacher_inputs is None and tokens and ours and theirs and ours != theirs:
         raise ConfigError(
             f"token-level taps need one vocabulary: the student's has {ours} entries, the teacher's {theirs}",
-            where=taps[0].student,
-            do="use a teacher of the same tokenizer, or set hidden=0 and attention=0",
+            where=tokens[0].student,
+            do="use a teacher of the same tokenizer, or plan_taps(..., same_tokenizer=True) where one is only padded",
         )
+    for tap in plan.taps:
+        a, b = node_at(qat.gm, tap.student, "student"), node_at(teacher.gm, tap.teacher, "teacher")
+        if tap.loss in ("hidden", "pooled"):
+            _check_widths(tap, plan, width_of(qat.gm, a), width_of(teacher.gm, b), (shape_of(a), shape_of(b)))
+        else:
+            _check_shapes(tap, shape_of(a), shape_of(b))
 
 
-def check_shapes(qat: QuantModel, teacher: QuantModel, taps: tuple[Tap, ...]) -> None:
-    for tap in taps:
-        a = shape_of(node_at(qat.gm, tap.student, "student"))
-        b = shape_of(node_at(teacher.gm, tap.teacher, "teacher"))
-        if len(a) != len(b) or any(x != y for x, y in zip(a, b) if x is not None and y is not None):
-            raise ConfigError(
-                f"{tap.loss} tap: the student's value has shape {_text(a)}, the teacher's {_text(b)} ({tap.teacher})",
-                where=tap.student,
-                do=f"use a teacher of the same width and heads, other taps=, or {tap.loss}=0 (no projections yet)",
-            )
+def _check_side(name: str, side: Side, entries: int) -> None:
+    if side.vocabulary and entries and side.vocabulary != entries:
+        what = f"the plan was made for a {name} with {side.vocabulary} token ids, this one has {entries}"
+        raise ConfigError(what, where=side.name, do="make a plan for these two: plan_taps(student, teacher)")
+
+
+def _check_widths(
+    tap: Tap, plan: TapPlan, ours: int, theirs: int, shapes: tuple[tuple[int | None, ...], tuple[int | None, ...]]
+) -> None:
+    a, b = (_text(s) for s in shapes)
+    told = f"{tap.loss} tap: the student's value has shape {a}, the teacher's {b} ({tap.teacher})"
+    if len(shapes[0]) != len(shapes[1]) or not ours or not theirs:
+        raise ConfigError(told, where=tap.student, do="tap two hidden states, (batch, length, width)")
+    if not tap.projection and ours != theirs:
+        do = f'give the tap a projection, {{"name": [{ours}, {theirs}]}} in the plan; plan_taps does it'
+        raise ConfigError(told, where=tap.student, do=do)
+    if tap.projection and plan.projections[tap.projection] != (ours, theirs):
+        given = "{} -> {}".format(*plan.projections[tap.projection])
+        what = f"{told}; its projection {tap.projection} is {given}"
+        raise ConfigError(what, where=tap.student, do=f"make the projection [{ours}, {theirs}]")
+
+
+def _check_shapes(tap: Tap, a: tuple[int | None, ...], b: tuple[int | None, ...]) -> None:
+    if len(a) != len(b) or any(x != y for x, y in zip(a, b) if x is not None and y is not None):
+        raise ConfigError(
+            f"{tap.loss} tap: the student's value has shape {_text(a)}, the teacher's {_text(b)} ({tap.teacher})",
+            where=tap.student,
+            do=f"take this tap out of the plan, or set {tap.loss}=0: nothing can make these shapes agree",
+        )
 
 
 def _text(shape: tuple[int | None, ...]) -> str:
     return "(" + ", ".join("?" if s is None else str(s) for s in shape) + ")"
 
 
-def check_outputs(qat: QuantModel, teacher: QuantModel, weights: dict[str, float], taps: tuple[Tap, ...]) -> None:
+def check_outputs(qat: QuantModel, teacher: QuantModel, weights: dict[str, float], plan: TapPlan) -> None:
     """The outputs that a loss reads exist on both sides and agree; a bare encoder loses its ``logits`` term."""
-    ours, theirs = (_shapes(m) for m in (qat, teacher))
-    if weights["logits"] and not any(t.loss == "logits" for t in taps):
+    ours, theirs = output_shapes(qat), output_shapes(teacher)
+    if weights["logits"] and not any(t.loss == "logits" for t in plan.taps):
         wanted = [k for k in ("start_logits", "end_logits", "logits") if k in ours]
         if not wanted:
             weights["logits"] = 0.0
@@ -120,21 +107,8 @@ def check_outputs(qat: QuantModel, teacher: QuantModel, weights: dict[str, float
                     where=name,
                     do="use a teacher with the same head, or set logits=0",
                 )
-    if weights["pooled"] and not ("last_hidden_state" in ours and "last_hidden_state" in theirs):
-        raise ConfigError("pooled needs last_hidden_state, the output of a bare encoder", do="set pooled=0")
-    if not any(weights[k] for k in ("gold", "pooled", "logits")) and not taps:
-        raise ConfigError("no term is left: there are neither taps nor logits", do="give taps=, or pooled=1")
-
-
-def output_names(model: QuantModel) -> tuple[str, ...]:
-    """Names of the graph's flat outputs; a plain module's first one is called logits where it is (batch, classes)."""
-    if model.output_names:
-        return model.output_names
-    flat = output_args(model.gm.graph)
-    first = "logits" if isinstance(flat[0], fx.Node) and len(shape_of(flat[0])) == 2 else "output_0"
-    return (first, *(f"output_{i}" for i in range(1, len(flat))))
-
-
-def _shapes(model: QuantModel) -> dict[str, tuple[int | None, ...]]:
-    flat = output_args(model.gm.graph)
-    return {n: shape_of(v) for n, v in zip(output_names(model), flat) if isinstance(v, fx.Node)}
+            if plan.teacher_inputs == "own" and not is_of_sentences(name, ours[name]):
+                what = f"{name} are one row a token, but the teacher reads tokens of its own"
+                raise ConfigError(what, where=name, do="set logits=0")
+    if not any(weights[k] for k in ("gold", "logits")) and not plan.taps:
+        raise ConfigError("no term is left: there are neither taps nor logits", do="give plan=, or pooled=1")

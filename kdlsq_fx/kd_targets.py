@@ -10,22 +10,21 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
-from .capture import capture
 from .compression import Kept
-from .errors import ConfigError
+from .errors import ConfigError, InputError
 from .graph import output_args
 from .kd_losses import sentence_vectors
 from .kd_named import Loss
-from .kd_setup import output_names
-from .model import QuantModel, wrap
-from .qconfig import QConfig
-from .taps import Tap, find_taps, node_at, token_axes
+from .model import QuantModel
+from .planning import captured
+from .tap_plan import PREFIX, TapPlan
+from .taps import Tap, find_taps, node_at, output_names, token_axes, turned
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The teacher's side of one batch: a :class:`Kept` for each tap, and by name the outputs that the loss reads:
-    ``logits``, ``start_logits`` and ``end_logits``, ``pooled`` (sentence vectors, (batch, width))."""
+    """The teacher's side of one batch: a :class:`Kept` for each tap (of a pooled tap the sentence vectors, (batch,
+    width)), and by name the outputs that the loss reads: ``logits``, ``start_logits`` and ``end_logits``."""
 
     taps: tuple[Kept, ...]
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -47,36 +46,52 @@ class Teacher:
     ``checked``: the student's look at a batch serves for it too, whose values then need not come from a GPU a second
     time."""
 
-    def __init__(self, model: QuantModel, taps: tuple[Tap, ...], loss: Loss, *, checked: bool = False) -> None:
-        self.model, self.taps, self.loss, self.checked = model, taps, loss, checked
-        nodes = [node_at(model.gm, t.teacher, "teacher") for t in taps]
-        self.axes = [token_axes(model.gm, node) for node in nodes]
+    def __init__(self, model: QuantModel, plan: TapPlan, loss: Loss, *, checked: bool = False) -> None:
+        self.model, self.taps, self.loss, self.checked = model, plan.taps, loss, checked
+        self.own = plan.teacher_inputs == "own"
+        nodes = [node_at(model.gm, t.teacher, "teacher") for t in plan.taps]
+        self.lie = [token_axes(model.gm, node) for node in nodes]
+        self.axes = [axes_handed(t, lie) for t, lie in zip(plan.taps, self.lie)]
         compress = loss.compress
         read = compress is not None and compress.reads_attention
-        self.scores = attention_behind(model.gm, taps, nodes) if read else {}
+        self.scores = attention_behind(model.gm, plan.taps, nodes) if read else {}
         self.graph = with_taps(model.gm, [*nodes, *self.scores.values()])
 
     @torch.no_grad()
     def wanted(self, given: dict[str, Any], inputs: dict[str, torch.Tensor]) -> Wanted:
-        own = {k: v for k, v in {**given, **inputs}.items() if k in self.model.input_names and v is not None}
-        inputs = self.model.fill(own, values=not self.checked)
+        inputs = self.model.fill(self._inputs(given, inputs), values=not self.checked)
         flat, values = self.graph(*(inputs[n] for n in self.model.input_names))
         fields = dict(zip(output_names(self.model), flat))
         outputs = {k: v for k, v in fields.items() if k in ("logits", "start_logits", "end_logits")}
-        if "last_hidden_state" in fields:
-            outputs["pooled"] = sentence_vectors(fields["last_hidden_state"].float(), inputs.get("attention_mask"))
         scores = dict(zip(self.scores, values[len(self.taps) :]))
         weight = token_weight(inputs, self.loss.padding)
         kept = (self._kept(i, v, weight, scores.get(i), inputs) for i, v in enumerate(values[: len(self.taps)]))
         return Wanted(tuple(kept), outputs)
 
+    def _inputs(self, given: dict[str, Any], inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """What the teacher reads: the student's inputs, or with a plan for two tokenizers its own."""
+        own = {k.removeprefix(PREFIX): v for k, v in given.items() if k.startswith(PREFIX) and v is not None}
+        if own and not self.own:
+            do = f"leave them out; {PREFIX}... is for a teacher of another tokenizer (same_tokenizer=False)"
+            raise InputError(f"{PREFIX}{next(iter(own))}: in this plan both models read one batch", do=do)
+        if self.own and not own:
+            what = f"the teacher has another tokenizer, but the batch has no {PREFIX}{self.model.input_names[0]}"
+            do = "tokenize for both (kdlsq_fx.data.Paired), or plan_taps(..., same_tokenizer=True) where it is the same"
+            raise InputError(what, do=do)
+        if self.own:
+            return own
+        return {k: v for k, v in {**given, **inputs}.items() if k in self.model.input_names and v is not None}
+
     def _kept(
         self, tap: int, value: torch.Tensor, weight: torch.Tensor | None, scores: Any, inputs: dict[str, torch.Tensor]
     ) -> Kept:
-        compress = self.loss.compress
-        if self.taps[tap].loss != "hidden" or compress is None or compress.whole:
+        compress, kind = self.loss.compress, self.taps[tap].loss
+        if kind in ("hidden", "pooled"):
+            value = tokens_first(value, self.lie[tap])
+        if kind == "pooled":
+            return Kept(sentence_vectors(value.float(), inputs.get("attention_mask")))
+        if kind != "hidden" or compress is None or compress.whole:
             return Kept(value)
-        value = tokens_first(value, self.axes[tap])
         return compress.select(value, weight, tap=tap, scores=scores, ids=inputs.get("input_ids"))
 
     def move(self, fn: Callable[..., Any], recurse: bool = True) -> None:
@@ -98,7 +113,14 @@ def token_weight(inputs: dict[str, torch.Tensor], padding: str) -> torch.Tensor 
 
 def tokens_first(value: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
     """Hidden states as (batch, length, width), also where a model runs over (batch, width, length)."""
-    return value.transpose(1, 2) if axes == (2,) else value
+    return value.transpose(1, 2) if turned(axes, value.dim()) else value
+
+
+def axes_handed(tap: Tap, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Token dimensions of a tap's value as the loss gets it: hidden states lie tokens first, pooled have no tokens."""
+    if tap.loss == "pooled":
+        return ()
+    return (1,) if tap.loss == "hidden" and axes == (2,) else axes
 
 
 def attention_behind(gm: fx.GraphModule, taps: tuple[Tap, ...], nodes: list[fx.Node]) -> dict[int, fx.Node]:
@@ -136,6 +158,5 @@ def frozen_teacher(teacher: nn.Module, qat: QuantModel) -> QuantModel:
             new.meta = dict(old.meta)
         frozen.gm = gm
     else:
-        example = qat.example if getattr(teacher, "config", None) is None else None
-        frozen = wrap(capture(teacher, example), teacher, QConfig(rules=(), name="teacher"))
+        frozen = captured(teacher, qat)
     return frozen.to(qat.device).eval().requires_grad_(False)

@@ -10,12 +10,14 @@ from typing import Literal
 import torch
 from torch import fx
 
+from .blocks import states_between_blocks
 from .errors import ConfigError
-from .graph import fetch, plumbing, root, site_of
+from .graph import fetch, output_args, plumbing, root, site_of
+from .model import QuantModel
 from .op import is_float, op_of, tensor_args
 
-TapLoss = Literal["hidden", "attention", "logits"]
-LOSSES = ("hidden", "attention", "logits")
+TapLoss = Literal["hidden", "attention", "logits", "pooled"]
+LOSSES = ("hidden", "attention", "logits", "pooled")
 UNSEEN = ("lsq", "bias_grid", "quantize", "dequantize")  # quantizers: they mark a value, they are not one
 
 
@@ -25,28 +27,37 @@ class Tap:
 
     ``student, teacher``  sites (``module.path/op``); for ``"attention"`` the value *before* the softmax.
     ``loss``              "hidden": MSE; "attention": MSE where entries <= -100 count as 0; "logits": soft cross-entropy
-                          over the last dimension.
-    Shapes are equal on both sides. Raises ConfigError for another loss or an empty site.
+                          over the last dimension; "pooled": 1 - cosine of the means over each side's tokens.
+    ``projection``        name of the trained linear map that the student's value goes through first ("": none);
+                          hidden and pooled taps only.
+    Shapes are then equal on both sides. Raises ConfigError for another loss or an empty site.
     """
 
     student: str
     teacher: str
     loss: TapLoss
+    projection: str = ""
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise ConfigError(f"a tap has no loss {self.loss!r}", do=f"use one of {', '.join(LOSSES)}")
         if not self.student or not self.teacher:
             raise ConfigError(f"{self}: a site is empty", do="give a site of the student and one of the teacher")
+        if self.projection and self.loss not in ("hidden", "pooled"):
+            what = f"the values of {self.loss} taps have no width to project"
+            raise ConfigError(what, where=self.student, do="leave projection out")
 
 
 @dataclass(frozen=True)
 class Found:
     """What one graph offers: ``hidden`` (what enters the first block, then what leaves each block, as Hugging Face's
-    ``hidden_states``) and ``attention`` (pre-softmax scores, scaled, mask added), in the order they are computed."""
+    ``hidden_states``) and ``attention`` (pre-softmax scores, scaled, mask added), in the order they are computed.
+
+    ``first``: the layer of ``hidden[0]``, 0, or 1 where nothing of that shape enters the first block."""
 
     hidden: tuple[fx.Node, ...]
     attention: tuple[fx.Node, ...]
+    first: int = 0
 
     def of(self, loss: str) -> tuple[fx.Node, ...]:
         return self.hidden if loss == "hidden" else self.attention
@@ -58,21 +69,23 @@ class Found:
 
 
 def find_taps(gm: fx.GraphModule) -> Found:
-    """Hidden states and attention scores of a graph of any architecture, by structure and module path.
+    """Hidden states and attention scores of a graph of any architecture, by module path and structure.
 
     Attention: the operand of a softmax over the last dimension of a (batch, heads, query, key) value. A block is the
     call of the innermost ``X.<number>`` module around such a softmax (ALBERT calls one module several times; each call
-    counts); without attention, of the outermost one. Its hidden state is the last float value that leaves it.
+    counts); without attention, of the outermost one. Its hidden state is the last float value that leaves it. Where no
+    path names a block the data flow does (:func:`kdlsq_fx.blocks.states_between_blocks`).
     """
     softmaxes = [n for n in gm.graph.nodes if _is_attention(n)]
+    scores = tuple(_producer(tensor_args(n)[0]) for n in softmaxes)
+    if softmaxes and not any(member_calls(n) for n in softmaxes):
+        return Found(tuple(states_between_blocks(gm, softmaxes)), scores)
     moved = plumbing(gm.graph)
     blocks = _blocks(gm.graph, softmaxes)
     outputs = [out for block in blocks if (out := _leaves(block, moved)) is not None]
-    hidden = list(outputs)
-    if blocks and outputs:
-        first = _enters(gm.graph, blocks[0], outputs[0], moved)
-        hidden = [first, *outputs] if first is not None else outputs
-    return Found(tuple(hidden), tuple(_producer(tensor_args(n)[0]) for n in softmaxes))
+    entry = _enters(gm.graph, blocks[0], outputs[0], moved) if blocks and outputs else None
+    hidden = outputs if entry is None else [entry, *outputs]
+    return Found(tuple(hidden), scores, int(entry is None))
 
 
 def node_at(gm: fx.GraphModule, site: str, side: str) -> fx.Node:
@@ -101,6 +114,26 @@ def token_axes(gm: fx.GraphModule, node: fx.Node) -> tuple[int, ...]:
     if not isinstance(value, torch.Tensor):
         return ()
     return tuple(i for i, s in enumerate(value.shape) if i > 0 and str(s) == length)
+
+
+def width_of(gm: fx.GraphModule, node: fx.Node) -> int:
+    """Features of a hidden state: (batch, length, width), or (batch, width, length) where token_axes says so."""
+    shape = shape_of(node)
+    return (shape[1 if turned(token_axes(gm, node), len(shape)) else -1] or 0) if shape else 0
+
+
+def turned(axes: tuple[int, ...], dims: int) -> bool:
+    """Whether tokens are the last dimension of a hidden state (SqueezeBERT's blocks)."""
+    return axes == (2,) and dims == 3
+
+
+def output_names(model: QuantModel) -> tuple[str, ...]:
+    """Names of the graph's flat outputs; a plain module's first one is called logits where it is (batch, classes)."""
+    if model.output_names:
+        return model.output_names
+    flat = output_args(model.gm.graph)
+    first = "logits" if isinstance(flat[0], fx.Node) and len(shape_of(flat[0])) == 2 else "output_0"
+    return (first, *(f"output_{i}" for i in range(1, len(flat))))
 
 
 def _name(node: fx.Node) -> str:

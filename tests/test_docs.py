@@ -106,3 +106,15 @@ def test_declaring_an_op(forgotten: None, tmp_path: Path) -> None:
     assert kq.compare(qat, program, batch(seed=4)).max_steps <= 1
     torch.testing.assert_close(program(**batch()).logits, qat(**batch()).logits, atol=0.02, rtol=0)
     kq.export_onnx(qat, tmp_path / "model.onnx")
+
+
+def test_a_plan_as_the_page_makes_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = tiny("bert", hidden_size=48, num_hidden_layers=4).eval()
+    qat = kq.prepare_qat(tiny("bert"), "W8E8A8")
+    kq.calibrate(qat, [batch()], progress=False)
+    known = run(blocks("docs/distillation.md")[0], {"kq": kq, "torch": torch, "qat": qat, "teacher": teacher})
+    assert "projection hidden: 32 -> 48" in capsys.readouterr().out
+    assert {p.name for p in folder.iterdir()} == {"plan.svg", "plan.json"}
+    trained = {id(p) for group in known["optimizer"].param_groups for p in group["params"]}
+    assert all(id(p) in trained for p in known["kd"].projections.parameters())
+    assert torch.isfinite(known["kd"](**batch()).loss)

@@ -1,0 +1,221 @@
+"""A tap plan: what a distillation compares between two networks, as data. Printed, saved, edited, loaded, drawn."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import CheckpointError, ConfigError
+from .files import FORMAT, make_folder, read_json, write_json
+from .taps import Tap
+
+TeacherInputs = Literal["shared", "own"]
+PREFIX = "teacher_"  # of the teacher's own inputs in a batch: teacher_input_ids and so on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """What a plan knows of one network. ``hidden[i]`` is the site of layer ``first + i`` (layer 0 enters the first
+    block, layer l leaves the l-th), ``attention`` the pre-softmax sites in order; 0 where nothing is known."""
+
+    name: str = ""
+    hidden: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
+    first: int = 0
+    width: int = 0
+    heads: int = 0
+    vocabulary: int = 0
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks."""
+        return self.first + len(self.hidden) - 1 if self.hidden else len(self.attention)
+
+    def layer_of(self, site: str) -> int | None:
+        """The layer that a site is tapped at; None for other sites."""
+        if site in self.hidden:
+            return self.first + self.hidden.index(site)
+        if site in self.attention and self.layers:
+            return self.attention.index(site) * self.layers // len(self.attention) + 1
+        return None
+
+    def __str__(self) -> str:
+        known = {"layers": self.layers, "wide": self.width, "heads": self.heads, "token ids": self.vocabulary}
+        told = ", ".join(f"{v} {k}" for k, v in known.items() if v)
+        return f"{self.name or 'a module'} ({told})" if told else self.name or "a module"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TapPlan:
+    """Which values of a student should equal which of a teacher, and how to get there.
+
+    ``taps``            what is compared inside the networks.
+    ``projections``     name -> (student width, teacher width) of a trained linear map; taps of one name share it.
+    ``outputs``         outputs compared besides, e.g. ``logits``.
+    ``layer_map``       name of the map that made the taps; the taps are what counts.
+    ``teacher_inputs``  "shared": the teacher reads the student's ids; "own": its own, as ``teacher_input_ids`` and so
+                        on; None: shared, and the vocabularies have to be equally large.
+    ``student, teacher``  the two networks with all their sites, to choose from.
+    ``notes``           what was left out, and why.
+
+    Edit it with ``dataclasses.replace`` or in its JSON file. ConfigError for a plan that contradicts itself.
+    """
+
+    taps: tuple[Tap, ...]
+    projections: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    layer_map: str = "given"
+    teacher_inputs: TeacherInputs | None = None
+    student: Side = Side()
+    teacher: Side = Side()
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "taps", tuple(self.taps))
+        wrong = [t for t in self.taps if not isinstance(t, Tap)]
+        if wrong:
+            raise ConfigError(f"{wrong[0]!r} is not a Tap", do='use Tap(student=..., teacher=..., loss="hidden")')
+        twice = [t for t, n in Counter(self.taps).items() if n > 1]
+        if twice:
+            raise ConfigError("a tap stands twice in the plan", where=twice[0].student, do="keep one of them")
+        if self.teacher_inputs not in (None, "shared", "own"):
+            raise ConfigError(f"teacher_inputs={self.teacher_inputs!r}", do='use "shared", "own" or None')
+        self._check_projections()
+        self._check_tokens()
+
+    def _check_projections(self) -> None:
+        for name, widths in self.projections.items():
+            if not re.fullmatch(r"[A-Za-z]\w*", name):
+                raise ConfigError(f"a projection cannot be called {name!r}", do="use letters, digits and _")
+            if len(widths) != 2 or any(type(w) is not int or w < 1 for w in widths):
+                raise ConfigError(f"projection {name}: {widths!r} are no widths", do="give [student, teacher] widths")
+        for tap in self.taps:
+            if tap.projection and tap.projection not in self.projections:
+                known = ", ".join(self.projections) or "none"
+                raise ConfigError(
+                    f"the plan has no projection {tap.projection!r}", where=tap.student, do=f"it has {known}"
+                )
+        unused = sorted(set(self.projections) - {t.projection for t in self.taps})
+        if unused:
+            raise ConfigError(f"no tap goes through projection {unused[0]!r}", do="remove it from projections")
+
+    def _check_tokens(self) -> None:
+        tokens = [t for t in self.taps if t.loss in ("hidden", "attention")]
+        if self.teacher_inputs == "own" and tokens:
+            what = f"a {tokens[0].loss} tap compares token by token, but the teacher reads tokens of its own"
+            do = "keep only pooled taps, or say teacher_inputs='shared' where both have one tokenizer"
+            raise ConfigError(what, where=tokens[0].student, do=do)
+
+    def only(self, kinds: Iterable[str]) -> TapPlan:
+        """The plan with the taps of these losses, and the projections they need."""
+        wanted = tuple(kinds)
+        return self.with_taps(t for t in self.taps if t.loss in wanted)
+
+    def with_taps(self, taps: Iterable[Tap]) -> TapPlan:
+        """The plan with these taps instead, and the projections they need."""
+        chosen = tuple(taps)
+        used = {t.projection for t in chosen}
+        return replace(self, taps=chosen, projections={k: v for k, v in self.projections.items() if k in used})
+
+    def layers(self) -> dict[int, tuple[int, ...]]:
+        """Student layer -> the teacher's layers that its taps read, in order."""
+        found: dict[int, set[int]] = {}
+        for tap in self.taps:
+            a, b = self.student.layer_of(tap.student), self.teacher.layer_of(tap.teacher)
+            if a is not None and b is not None:
+                found.setdefault(a, set()).add(b)
+        return {a: tuple(sorted(b)) for a, b in sorted(found.items())}
+
+    def __str__(self) -> str:
+        """The whole plan as text: networks, layer map, inputs, taps, projections, notes."""
+        lines = [f"student: {self.student}", f"teacher: {self.teacher}"]
+        pairs = "  ".join(f"{a}<-{','.join(map(str, b))}" for a, b in self.layers().items())
+        lines.append(f"layer map {self.layer_map}: {pairs}" if pairs else f"layer map {self.layer_map}")
+        own = f"each side its own; the teacher's are called {PREFIX}input_ids, ..."
+        lines.append(f"inputs: {own if self.teacher_inputs == 'own' else 'one batch for both'}")
+        lines += [_row(t) for t in self.taps] or ["no taps"]
+        for name, (a, b) in self.projections.items():
+            count = sum(t.projection == name for t in self.taps)
+            lines.append(f"projection {name}: {a} -> {b}, trained with the student, {count} taps go through it")
+        if self.outputs:
+            lines.append(f"outputs: {', '.join(self.outputs)}")
+        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; :meth:`from_dict` reads them."""
+        return {"format": FORMAT, **asdict(self), "projections": {k: list(v) for k, v in self.projections.items()}}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> TapPlan:
+        """The plan of :meth:`to_dict`; ConfigError naming the entry that cannot be read."""
+        given = {k: v for k, v in data.items() if k != "format"}
+        _refuse_unknown(given, cls, "the plan", where)
+        _check_types(given, where)
+        made: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        made["taps"] = tuple(_read(Tap, tap, f"tap {i}", where) for i, tap in enumerate(given.get("taps", [])))
+        for name in ("student", "teacher"):
+            made[name] = _read(Side, given.get(name, {}), name, where)
+        made["projections"] = {k: tuple(v) for k, v in given.get("projections", {}).items()}
+        return cls(**made)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON, to be read and edited."""
+        file = Path(path)
+        make_folder(file.parent)
+        write_json(file, self.to_dict())
+        return file
+
+    @classmethod
+    def load(cls, path: str | Path) -> TapPlan:
+        """Read a plan; CheckpointError where there is none, ConfigError where it was edited into nonsense."""
+        file = Path(path)
+        if not file.is_file():
+            raise CheckpointError(f"there is no plan in {file}", do="write one: plan_taps(...).save(path)")
+        return cls.from_dict(read_json(file), where=str(file))
+
+    def draw(self, path: str | Path) -> Path:
+        """Write the two networks side by side, with the taps between them, as SVG."""
+        from .tap_picture import draw
+
+        return draw(self, Path(path))
+
+
+def _row(tap: Tap) -> str:
+    arrow = f"{tap.student}  <-  {tap.teacher}" if tap.teacher != tap.student else tap.student
+    return f"{tap.loss:10s} {arrow}" + (f"  through {tap.projection}" if tap.projection else "")
+
+
+def _refuse_unknown(data: Mapping[str, Any], cls: type, what: str, where: str) -> None:
+    known = [f.name for f in fields(cls)]
+    unknown = [k for k in data if k not in known]
+    if unknown:
+        raise ConfigError(f"{what} has an entry {unknown[0]!r}", where=where, do=f"it may have {', '.join(known)}")
+
+
+def _check_types(data: Mapping[str, Any], where: str) -> None:
+    kinds = {"taps": list, "outputs": list, "notes": list, "projections": dict, "student": dict, "teacher": dict}
+    for name, kind in kinds.items():
+        if name in data and not isinstance(data[name], kind | tuple if kind is list else kind):
+            raise ConfigError(f"{name} is a {type(data[name]).__name__}", where=where, do=f"write a {kind.__name__}")
+    for name, widths in data.get("projections", {}).items():
+        if not isinstance(widths, (list, tuple)):
+            raise ConfigError(f"projection {name}: {widths!r}", where=where, do="give [student, teacher] widths")
+
+
+def _read(cls: type, data: Any, what: str, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{what} is a {type(data).__name__}", where=where, do="write an object with named entries")
+    _refuse_unknown(data, cls, what, where)
+    made = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    for f in fields(cls):
+        kind = {"str": str, "int": int, "TapLoss": str}.get(str(f.type), tuple)
+        if f.name in made and not isinstance(made[f.name], kind):
+            raise ConfigError(f"{what}: {f.name} is {made[f.name]!r}", where=where, do=f"write a {kind.__name__}")
+    try:
+        return cls(**made)
+    except TypeError as err:
+        raise ConfigError(f"{what}: {err}", where=where, do="give student, teacher and loss") from None
