@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdlsq_fx.errors import ConfigError
+from kdlsq_fx.processes import largest
 from kdlsq_fx.qconfig import QSpec
 from kdlsq_fx.quantizer import Lsq, Role, along, round_codes, to_real
 from kdlsq_fx.scale_init import Summary
@@ -73,7 +74,7 @@ class Ema(MinMax):
     def _follow(self, x: Tensor) -> None:
         self.batches += 1
         share = (1 / self.batches).clamp(min=1 - DECAY).to(self.raw.dtype)
-        peak = x.abs().max() / self.qmax
+        peak = largest(x.abs().max()) / self.qmax  # of the whole batch, whatever part of it this process holds
         self.raw.copy_(torch.where(torch.isfinite(peak), self.raw + (peak - self.raw) * share, self.raw))
 
     def _fake_quantize(self, x: Tensor) -> Tensor:

@@ -1,18 +1,17 @@
 """The state of a running training loop on disk: enough to go on to the same weights, bit for bit.
 
-A run folder holds ``run.json`` (counters, recipe, the name of the state file) and ``state-<step>.safetensors`` (model,
-optimizer and random generators, all as tensors). The state is written first, then ``run.json`` is replaced in one
-step, so that a run killed at any moment leaves a whole checkpoint behind: the old one or the new one.
+A run folder holds ``run.json`` (counters, recipe, the name of the state file) and ``state-<step>.safetensors`` (model
+and optimizer). The state is written first, then ``run.json`` is replaced in one step, so that a run killed at any
+moment leaves a whole checkpoint behind: the old one or the new one. Nothing in it depends on the number of processes:
+the model and the optimizer are the same in each, and random numbers are drawn anew from the seed at every step.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from kdlsq_fx.errors import CheckpointError
@@ -32,7 +31,7 @@ def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     before is then still whole."""
     make_folder(folder)
     name = f"state-{run['step']}.safetensors"
-    tensors = {key: value.detach().cpu() for key, value in _state(model, optimizer, run["done"])} | _generators()
+    tensors = {key: value.detach().cpu() for key, value in _state(model, optimizer, run["done"])}
     write_tensors(folder / name, tensors)
     write_json(folder / RUN, {**run, "format": FORMAT, "state": name})
     for old in folder.glob("state-*.safetensors"):
@@ -41,7 +40,7 @@ def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
 
 
 def restore(folder: Path, run: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the run's state into the model, the optimizer and the random generators, in place."""
+    """Put the run's state into the model and the optimizer, in place."""
     path = folder / str(run["state"])
     tensors = read_tensors(path)
     for key, here in _named(model):
@@ -57,7 +56,6 @@ def restore(folder: Path, run: dict[str, Any], model: torch.nn.Module, optimizer
         got = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         # the step counter stays on the CPU (torch keeps it there), the moments go to the parameter's device
         optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in got.items()}
-    _set_generators(tensors)
 
 
 def _named(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -79,31 +77,3 @@ def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, done: bool)
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
                 yield f"optimizer/{i}/{key}", value
-
-
-def _generators() -> dict[str, torch.Tensor]:
-    """Torch's, Python's and NumPy's global generators; a model's dropout may draw from any of them."""
-    _, words, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state(legacy=True)
-    out = {
-        "rng/torch": torch.get_rng_state(),
-        "rng/python": torch.tensor(words, dtype=torch.int64),
-        "rng/python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "rng/numpy": torch.from_numpy(numpy_state[1].astype(np.int64)),
-        "rng/numpy_rest": torch.tensor([float(x) for x in numpy_state[2:]], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        out |= {f"rng/cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    return out
-
-
-def _set_generators(tensors: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(tensors["rng/torch"])
-    gauss = tensors["rng/python_gauss"].tolist()
-    random.setstate((3, tuple(tensors["rng/python"].tolist()), gauss[0] if gauss else None))
-    position, has_gauss, cached = tensors["rng/numpy_rest"].tolist()
-    words = tensors["rng/numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", words, int(position), int(has_gauss), cached))
-    for i in range(torch.cuda.device_count()):
-        if f"rng/cuda{i}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"rng/cuda{i}"], i)

@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = parser().parse_args(argv)
     try:
+        if args.command != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            do = "run it without torchrun or accelerate launch"
+            raise ConfigError(f"{args.command} runs in one process", where="WORLD_SIZE", do=do)
         return int(args.run(args) or 0)
     except KdlsqError as e:
         print(f"kdlsq-fx: {e}", file=sys.stderr)
@@ -108,7 +111,7 @@ def _train(commands: Any) -> None:
 def run_train(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from kdlsq_fx import job, opening
+    from kdlsq_fx import job, opening, processes
     from kdlsq_fx.files import belongs_to, make_folder, write_atomic
     from kdlsq_fx.qconfig import resolve
 
@@ -118,6 +121,7 @@ def run_train(args: argparse.Namespace) -> int:
         do = f"use a preset such as {floats[0]}-int, or another --target"
         raise ConfigError(f"{', '.join(floats)} keeps floats, an integer file holds none", where="--target", do=do)
     make_folder(args.out)  # a wrong name was said before any work
+    processes.join()
     source = opening.model_source(args.teacher if args.teacher and args.model == "minilm" else args.model)
     tokenizer = opening.load_tokenizer(source)
     dataset, measure, figures = kg_cli.load(args, tokenizer)
@@ -133,15 +137,23 @@ def run_train(args: argparse.Namespace) -> int:
     settings = job.Settings(epochs=args.epochs, lr=args.lr, **shared)
     recipe = job.Recipe(settings=settings, gold=args.gold, **cli_cache.recipe_of(args, tokenizer))
     learned = job.with_texts(dataset, args.more, tokenizer, recipe) if args.more else dataset
+    for name, qconfig in chosen.items():
+        mine = {"recipe": asdict(recipe), "teacher": args.teacher, "target": args.target, "qconfig": qconfig.to_dict()}
+        mine |= {"more": learned.train.fingerprint} if args.more else {}
+        belongs_to(make_folder(args.out / name), mine)
+    rules = {name: None if name in args.qconfig else q for name, q in chosen.items()}  # None: a preset by its name
+    if processes.size() > 1:  # together as long as there is training; the first then goes on alone
+        for name, own in rules.items():
+            job.student(start, teacher, learned, tokenizer, name, out=args.out, recipe=recipe, qconfig=own)
+        first = processes.first()
+        processes.leave()
+        if not first:
+            return 0
     kept = args.out / "fp32" if args.teacher is None else Path(args.teacher)
     size = job.weight_bytes(kept if kept.is_dir() else Path(source))
     rows = [measure("fp32", "fp32", teacher, dataset, size=size)]
     say(f"fp32 {rows[0].scores['headline']:.2f}")
-    for name, qconfig in chosen.items():
-        own = None if name in args.qconfig else qconfig  # a preset by its name, or rules from a file
-        mine = {"recipe": asdict(recipe), "teacher": args.teacher, "target": args.target, "qconfig": qconfig.to_dict()}
-        mine |= {"more": learned.train.fingerprint} if args.more else {}
-        belongs_to(make_folder(args.out / name), mine)
+    for name, own in rules.items():
         for row in job.preset_rows(
             start, teacher, learned, tokenizer, name, out=args.out, recipe=recipe, target=args.target, qconfig=own,
             skip=kg_cli.skipped(args), measure=measure,
@@ -288,8 +300,9 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def say(text: str) -> None:
-    """Progress for people goes to stderr; results go to stdout."""
-    print(text, file=sys.stderr, flush=True)
+    """Progress for people goes to stderr, from the first of several processes; results go to stdout."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def _write(path: str, text: str) -> None:

@@ -93,10 +93,14 @@ class Encoded:
             self, ids=ids, types=types, starts=np.concatenate([self.starts, a + other.starts[1:]]), labels=None
         )
 
-    def batch(self, rows: Sequence[int] | np.ndarray, *, labels: bool = True) -> dict[str, torch.Tensor]:
+    def batch(
+        self, rows: Sequence[int] | np.ndarray, *, labels: bool = True, part: slice = slice(None)
+    ) -> dict[str, torch.Tensor]:
         """Rows as a batch padded to the longest of them: input_ids, attention_mask[, token_type_ids, labels],
-        int64 [rows, length]; labels int64 or float32 [rows]."""
+        int64 [rows, length]; labels int64 or float32 [rows]. With ``part`` only those of the rows, as wide as the
+        whole batch: then a row's tensors do not depend on how the batch is split over processes."""
         width = int(max(self.lengths[i] for i in rows))
+        rows = rows[part]
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=np.int64)
         types = np.zeros((len(rows), width), dtype=np.int64)

@@ -132,9 +132,7 @@ void backward(const Layout& l, const Grid& g, const X* x, const T* grad, X* grad
         total = rows ? slopes[piece] : total + slopes[piece];
         beyond += outside[piece];
         if (!rows && piece + 1 < l.pieces()) continue;
-        const int64_t at = rows ? piece : 0;
-        const T slope = T(total * share);
-        grad_raw[at] = raw[at] > floor[at] || slope < 0 ? slope : T(0);
+        grad_raw[rows ? piece : 0] = T(total * share);
     }
     if (grad_offset) grad_offset[0] = T(beyond * share);
 }

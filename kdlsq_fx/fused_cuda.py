@@ -103,7 +103,7 @@ def _backward(
 
 @triton.jit
 def _finish(
-    slopes, outside, raw, floor, features, grad_raw, grad_offset, count, qmax,
+    slopes, outside, features, grad_raw, grad_offset, count, qmax,
     ALPHA: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     if ALPHA:
@@ -115,9 +115,7 @@ def _finish(
     if ROWS:
         at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
         there = at < count
-        slope = tl.load(slopes + at, there, 0.0) * share
-        free = tl.load(raw + at, there, 1.0) > tl.load(floor + at, there, 0.0)
-        tl.store(grad_raw + at, tl.where(free | (slope < 0), slope, 0.0), there)
+        tl.store(grad_raw + at, tl.load(slopes + at, there, 0.0) * share, there)
     else:
         total = tl.zeros((SIZE,), tl.float32)
         beyond = tl.zeros((SIZE,), tl.float32)
@@ -126,9 +124,7 @@ def _finish(
             total += tl.load(slopes + at, at < count, 0.0)
             if OFFSET:
                 beyond += tl.load(outside + at, at < count, 0.0)
-        slope = tl.sum(total, 0) * share
-        free = tl.load(raw) > tl.load(floor)
-        tl.store(grad_raw, tl.where(free | (slope < 0), slope, 0.0))
+        tl.store(grad_raw, tl.sum(total, 0) * share)
         if OFFSET:
             tl.store(grad_offset, tl.sum(beyond, 0) * share)
 
@@ -202,7 +198,7 @@ class Cuda:
         )  # fmt: skip
         size = 256
         _finish[(triton.cdiv(count, size) if grid.rows else 1,)](
-            parts, outside, raw, floor, features, grad_raw, grad_raw if grad_offset is None else grad_offset,
+            parts, outside, features, grad_raw, grad_raw if grad_offset is None else grad_offset,
             count, float(grid.qmax), SIZE=size, **flags,
         )  # fmt: skip
         return (grad_x if grid.clip else None), grad_raw, grad_offset

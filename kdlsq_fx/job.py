@@ -4,6 +4,8 @@ out/fp32/            the fine-tuned model (Hugging Face folder)
 out/<preset>/qat/    the student
 out/<preset>/int/    the integer program
 out/<preset>/model.onnx
+
+Training takes any number of processes (processes.py), which all call the same steps; the first one alone writes.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 
 from kdlsq_fx import data as kd_data
-from kdlsq_fx import metrics
+from kdlsq_fx import metrics, processes
 from kdlsq_fx.errors import ConfigError, InputError
 from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.files import INFO
@@ -80,9 +82,11 @@ def fine_tune(
     model = load_classifier(source, dataset.task, seed=settings.seed).to(dataset.device)
     fit(model, dataset.train, out_dir=out / "fp32-run", title=f"fp32 {dataset.task.name}", **vars(settings))
     model.eval().cpu()
-    model.save_pretrained(folder)  # type: ignore[operator]
-    tokenizer.save_pretrained(folder)
-    drop_state(out / "fp32-run")
+    if processes.first():
+        model.save_pretrained(folder)  # type: ignore[operator]
+        tokenizer.save_pretrained(folder)
+        drop_state(out / "fp32-run")
+    processes.wait()
     return model
 
 
@@ -129,8 +133,10 @@ def student(
     done = fit(loop, source, out_dir=out / preset / "run", groups=groups, title=title, **vars(settings))
     loop.cpu()
     qat.eval()
-    qat.save_pretrained(folder, tokenizer)
-    drop_state(out / preset / "run")
+    if processes.first():
+        qat.save_pretrained(folder, tokenizer)
+        drop_state(out / preset / "run")
+    processes.wait()
     return qat, done
 
 

@@ -44,8 +44,9 @@ class Numbered:
     def order(self, *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
         return self.data.order(batch_size=batch_size, seed=seed, epoch=epoch)
 
-    def batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        return self.data.batch(rows) | {"example_id": torch.from_numpy(np.asarray(rows, dtype=np.int64))}
+    def batch(self, rows: np.ndarray, *, part: slice = slice(None)) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(np.asarray(rows, dtype=np.int64)[part])
+        return self.data.batch(rows, part=part) | {"example_id": ids}
 
     @property
     def fingerprint(self) -> str:

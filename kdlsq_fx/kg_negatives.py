@@ -82,8 +82,8 @@ class Fresh:
         of = self.epoch(epoch).order(batch_size=batch_size, seed=seed, epoch=epoch)
         return [rows + epoch * len(self) for rows in of]
 
-    def batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        return self.epoch(int(rows[0]) // len(self)).batch(rows % len(self))
+    def batch(self, rows: np.ndarray, *, part: slice = slice(None)) -> dict[str, torch.Tensor]:
+        return self.epoch(int(rows[0]) // len(self)).batch(rows % len(self), part=part)
 
     def sample(self, batches: int, *, batch_size: int, seed: int) -> list[dict[str, torch.Tensor]]:
         return self.epoch(0).sample(batches, batch_size=batch_size, seed=seed)

@@ -40,21 +40,21 @@ def to_real(q: Tensor, scale: Tensor, zero_point: Tensor | int) -> Tensor:
 
 
 class AtLeast(torch.autograd.Function):
-    """``max(raw, floor)``. At or below the floor only a gradient whose descent raises ``raw`` passes.
+    """``max(raw, floor)``; the gradient passes as it is.
 
-    A plain maximum has gradient zero there, and a scale that once fell to its floor would never come back.
+    A plain maximum has gradient zero below the floor, and a scale that once fell there would never come back. Nor is
+    only a gradient that raises ``raw`` let through: parts of a batch, over accumulated steps or processes, have to add
+    up to the gradient of the whole, whatever their signs. What falls below the floor is put back at the next forward.
     """
 
     @staticmethod
     def forward(ctx: Any, raw: Tensor, floor: Tensor) -> Tensor:
-        ctx.save_for_backward(raw > floor)
         return torch.maximum(raw, floor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (above,) = ctx.saved_tensors
-        return torch.where(above | (grad < 0), grad, 0.0), None
+        return grad, None
 
 
 class Lsq(nn.Module):

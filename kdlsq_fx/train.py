@@ -2,45 +2,47 @@
 
 ``fit`` runs whatever module returns an output with a ``.loss``: a Hugging Face model, a qat module, or a distillation
 wrapper. AdamW, linear decay to zero after an optional warm-up: the recipe of the KDLSQ release (its run script).
+
+Several processes (``torchrun``, ``accelerate launch``) take the same steps as one: each computes its rows of the same
+batch, padded as the whole batch is, and its mean loss counts by its share of the rows. docs/training.md.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch.nn.parallel import DistributedDataParallel
 
-from kdlsq_fx import checkpoint
+from kdlsq_fx import checkpoint, processes
 from kdlsq_fx.devices import Pending, moved
 from kdlsq_fx.errors import ConfigError, TrainingError
-from kdlsq_fx.files import make_folder, write_atomic
+from kdlsq_fx.watching import Interrupted, Log, Stop, progress
+
+__all__ = ["Fit", "Interrupted", "Source", "fit", "plain_groups", "schedule"]
 
 NO_DECAY = ("bias", "LayerNorm.weight", "layer_norm.weight", "layernorm.weight")
 
 
 class Source(Protocol):
-    """What ``fit`` needs of a data set; :class:`kdlsq_fx.data.Encoded` is one."""
+    """What ``fit`` needs of a data set; :class:`kdlsq_fx.data.Encoded` is one.
+
+    ``order``: the rows of each batch of an epoch, a function of its arguments alone. ``batch``: the rows of ``part``
+    among ``rows``, padded as all of ``rows`` would be: one of several processes reads no rows but its own.
+    """
 
     def order(self, *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]: ...
-    def batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]: ...
+    def batch(self, rows: np.ndarray, *, part: slice = ...) -> dict[str, torch.Tensor]: ...
     @property
     def fingerprint(self) -> str: ...
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C or SIGTERM after its state was saved; the text says where and how to go on."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,18 @@ def fit(
     the norm of the gradient (0: not clipped). ``precision="bf16"`` runs the matrix products of training in bfloat16
     (autocast; parameters and optimizer state stay float32); evaluation is float32 in any case. A checkpoint is written
     every ``save_every`` steps and every ``save_seconds`` seconds, and at the end. With ``resume`` a run found in
-    ``out_dir`` goes on where it was saved; a finished one is only loaded. Sets the global random seed. ``log.tsv``
-    holds one line a step.
+    ``out_dir`` goes on where it was saved; a finished one is only loaded. Sets the global random seeds, at each step
+    anew. ``log.tsv`` holds one line a step.
 
-    Raises :class:`TrainingError` for a loss that is not finite or a run that had another recipe,
-    :class:`Interrupted` after Ctrl-C or SIGTERM.
+    Under a launcher all its processes call ``fit`` with the same arguments. ``batch_size`` is that of all together;
+    parameters and buffers start as the first process's; only that one writes, and ``on_step`` runs in each. The loss
+    has to be a mean over the rows of a batch. ``out_dir`` is one folder that all can read; a run goes on with any
+    number of processes.
+
+    Raises :class:`TrainingError` for a loss that is not finite, a run that had another recipe, or another process
+    that ended; :class:`Interrupted` after Ctrl-C or SIGTERM (to any of the processes).
     """
+    processes.join()
     folder = Path(out_dir)
     per_epoch = len(data.order(batch_size=batch_size, seed=seed, epoch=0))
     total = steps if steps is not None else math.ceil(epochs * per_epoch)
@@ -128,28 +136,32 @@ def fit(
     )  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=lr, eps=1e-8, fused=True)
     base = [g["lr"] for g in optimizer.param_groups]
-    state = _start(folder, model, optimizer, recipe, resume=resume, seed=seed)
-    log = Log(folder / "log.tsv", state["step"])
+    state = _start(folder, model, optimizer, recipe, resume=resume)
+    loop, writes = _shared(_Loss(model, precision)), processes.first()
+    log = Log(folder / "log.tsv", state["step"]) if writes else None
     first, began, saved = state["step"], time.monotonic() - state["seconds"], time.monotonic()
     model.train()
-    with Stop() as stop, log, _bar(title, total, first) as bar:
+    with Stop() as stop, log or nullcontext(), progress(title, total, first) as bar:
         for step, rows in _rows(data, batch_size, seed, per_epoch, first, total):
             factor = schedule(step, total, warmup)
             for group, rate in zip(optimizer.param_groups, base):
                 group["lr"] = rate * factor
             _tell(model, step / total)
-            loss, parts = _step(model, optimizer, data.batch(rows), clip, precision, step, folder)
+            seed_generators(seed, step)
+            mean = _step(loop, optimizer, data, rows, clip, stop, f"step {step + 1}, {folder}")
             state |= {"step": step + 1, "seconds": time.monotonic() - began, "done": step + 1 == total}
-            state["recent"] = (state["recent"] + [loss])[-50:]
-            log.write(step + 1, loss, lr * factor, state["seconds"], parts)
+            state["recent"] = (state["recent"] + [mean.loss])[-50:]
             bar.update(1)
             bar.set_postfix_str(f"loss {np.mean(state['recent']):.4f}", refresh=False)
             due = save_every and (step + 1) % save_every == 0
-            if due or stop.asked or state["done"] or time.monotonic() - saved > save_seconds:
-                log.flush()
-                checkpoint.save(folder, model, optimizer, state)
-                saved = time.monotonic()
-            if stop.asked and not state["done"]:
+            if log is not None:
+                log.write(step + 1, mean.loss, lr * factor, state["seconds"], mean.parts)
+                if due or mean.stop or state["done"] or time.monotonic() - saved > save_seconds:
+                    log.flush()
+                    checkpoint.save(folder, model, optimizer, state)
+                    saved = time.monotonic()
+            if mean.stop and not state["done"]:
+                processes.wait()  # a launcher ends the others as soon as one has ended
                 raise Interrupted(f"stopped at step {step + 1} of {total}; saved in {folder}, run again to go on")
             if on_step is not None:
                 on_step(step + 1, model)
@@ -165,39 +177,83 @@ def schedule(step: int, total: int, warmup: float = 0.0) -> float:
 
 def _tell(model: torch.nn.Module, done: float) -> None:
     """A loss with a schedule (a Distiller's) goes by the share of the run that is done."""
-    inner = getattr(model, "module", model)  # DistributedDataParallel holds it there
-    if hasattr(inner, "progress"):
-        inner.progress = done
+    if hasattr(model, "progress"):
+        model.progress = done
+
+
+def seed_generators(seed: int, step: int) -> None:
+    """Seed torch's, Python's and NumPy's global generators (dropout may draw from any of them) for one step of this
+    process: a function of seed, step and rank alone, so that a resumed run needs no state of theirs."""
+    words = np.random.SeedSequence([seed, step, processes.rank()]).generate_state(1)
+    torch.manual_seed(int(words[0]))
+    random.seed(int(words[0]))
+    np.random.seed(words)
+
+
+class _Loss(torch.nn.Module):
+    """A batch to its loss and the parts of it, and nothing else: DistributedDataParallel waits for a gradient of every
+    parameter behind an output, and a distilled student returns logits that its loss need not read."""
+
+    def __init__(self, model: torch.nn.Module, precision: str) -> None:
+        super().__init__()
+        self.model, self.precision = model, precision
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        device = next(self.model.parameters()).device
+        if not getattr(self.model, "moves_inputs", False):
+            batch = {k: moved(v, device) for k, v in batch.items()}
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            output = self.model(**batch)
+        return output.loss, {k: v.detach() for k, v in (getattr(output, "parts", None) or {}).items()}
+
+
+def _shared(loss: _Loss) -> torch.nn.Module:
+    """The same module in every process, its gradients averaged over them; one process needs no wrapper."""
+    if processes.size() == 1:
+        return loss
+    processes.copy_from_first(loss)
+    return DistributedDataParallel(loss, find_unused_parameters=True, forward_sync_buffers=False)
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """One step over the whole batch: the mean loss, its parts, and whether any process was asked to stop."""
+
+    loss: float
+    parts: dict[str, float]
+    stop: bool
 
 
 def _step(
-    model: torch.nn.Module,
+    loop: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    batch: dict[str, torch.Tensor],
+    data: Source,
+    rows: np.ndarray,
     clip: float,
-    precision: str,
-    step: int,
-    folder: Path,
-) -> tuple[float, dict[str, float]]:
-    """One optimizer step; no parameter is changed where the loss is not finite. Waits for a GPU once, for the loss."""
-    device = next(model.parameters()).device
-    if not getattr(model, "moves_inputs", False):
-        batch = {k: moved(v, device) for k, v in batch.items()}
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        output = model(**batch)
-    pending = Pending({"loss": output.loss, **(getattr(output, "parts", None) or {})})
+    stop: Stop,
+    where: str,
+) -> _Mean:
+    """One optimizer step on a batch; no parameter is changed in any process where the loss is not finite in one. Waits
+    for a GPU once, for the loss.
+
+    A process with ``n`` of the ``N`` rows weighs its mean loss by ``n / N``; the average over processes that follows
+    divides by their number. One without rows computes a row of another's with weight 0, to stay in step.
+    """
+    part = processes.part(len(rows))
+    own = part.stop - part.start
+    loss, parts = loop(data.batch(rows, part=part if own else slice(0, 1)) if own < len(rows) else data.batch(rows))
+    pending = Pending({"loss": loss, **parts})
     optimizer.zero_grad(set_to_none=True)
-    output.loss.backward()  # queued before the loss is looked at
-    parts = pending.numbers()
-    loss = parts.pop("loss")
-    if not math.isfinite(loss):
-        do = f"lower the learning rate, or start again from the last checkpoint in {folder}"
-        raise TrainingError(f"the loss is {loss} at step {step + 1}", do=do)
+    (loss * (own * processes.size() / len(rows))).backward()  # queued before the loss is looked at
+    asked, *sums = processes.total([float(stop.asked), *(own / len(rows) * v for v in pending.numbers().values())])
+    if not math.isfinite(sums[0]):
+        do = "lower the learning rate, or start again from the last checkpoint in the folder"
+        raise TrainingError(f"the loss is {sums[0]}", where=where, do=do)
     if clip > 0:
         parameters = [p for g in optimizer.param_groups for p in g["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
-    return loss, parts
+    return _Mean(sums[0], dict(zip(parts, sums[1:])), asked > 0)
 
 
 def _start(
@@ -207,14 +263,10 @@ def _start(
     recipe: Recipe,
     *,
     resume: bool,
-    seed: int,
 ) -> dict[str, Any]:
     """Counters of the run in the folder with its state restored, or fresh ones."""
     run = checkpoint.read_run(folder) if resume else None
     if run is None:
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
         return {"step": 0, "seconds": 0.0, "done": False, "recent": [], "recipe": vars(recipe)}
     changed = [k for k, v in vars(recipe).items() if run["recipe"].get(k) != v]
     if changed:
@@ -232,62 +284,3 @@ def _rows(
         order = data.order(batch_size=batch_size, seed=seed, epoch=epoch)
         for step in range(max(first, epoch * per_epoch), min(total, (epoch + 1) * per_epoch)):
             yield step, order[step - epoch * per_epoch]
-
-
-def _bar(title: str, total: int, first: int) -> Any:
-    """A progress bar; silent where stderr is no terminal."""
-    quiet = not sys.stderr.isatty()
-    return tqdm(total=total, initial=first, desc=title, disable=quiet, unit="step", dynamic_ncols=True)
-
-
-class Log:
-    """``log.tsv``: step, loss, lr, seconds, and the parts of the loss as ``name=value``. Lines after the checkpoint
-    that a run resumes from are dropped, so each step stands there once."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        make_folder(path.parent)
-        kept = path.read_text(encoding="utf-8").splitlines()[1 : step + 1] if step and path.exists() else []
-        text = "\n".join(["step\tloss\tlr\tseconds\tparts", *kept]) + "\n"
-        write_atomic(path, lambda name: _write(name, text))
-        self.file = path.open("a", encoding="utf-8")
-
-    def write(self, step: int, loss: float, lr: float, seconds: float, parts: dict[str, float]) -> None:
-        text = " ".join(f"{k}={v:.6g}" for k, v in parts.items())
-        self.file.write(f"{step}\t{loss:.8g}\t{lr:.6g}\t{seconds:.2f}\t{text}\n")
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-
-def _write(name: str, text: str) -> None:
-    Path(name).write_text(text, encoding="utf-8")
-
-
-class Stop:
-    """Turns the first Ctrl-C or SIGTERM into a wish that the loop grants between two steps; a second Ctrl-C stops at
-    once. Outside the main thread Python allows no handlers, and nothing is changed."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.before: dict[int, Any] = {}
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

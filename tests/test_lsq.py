@@ -201,7 +201,22 @@ def test_a_scale_that_fell_comes_back():
     assert q.raw.item() == floor and q.raw.grad.item() < 0
     q.raw.grad = None
     run(q, x, np.array([1.0, 1.0, -1.0]))  # wants a narrower one: not below the floor
-    assert q.raw.grad.item() == 0
+    assert q.raw.grad.item() > 0
+    q.raw.data.sub_(q.raw.grad)
+    run(q, x, np.array([1.0, 1.0, -1.0]))
+    assert q.raw.item() == floor
+
+
+def test_at_the_floor_too_the_gradients_of_parts_add_up():
+    q = made(QSpec(bits=4, quantizer="lsq"), raw=0.5, numel=4)
+    q.raw.data.fill_(0.5 * FLOOR)
+    parts = [(np.array([1.0, 2.0]), np.array([-1.0, -1.0])), (np.array([3.0, -1.0]), np.array([4.0, 4.0]))]
+    for x, grad in parts:  # one wants a wider scale, the other a narrower one
+        run(q, x, grad)
+    sums = q.raw.grad.clone()
+    q.raw.grad = None
+    run(q, *(np.concatenate(both) for both in zip(*parts)))
+    torch.testing.assert_close(sums, q.raw.grad)
 
 
 def test_gradient_of_the_step_does_not_depend_on_the_split_of_a_batch():
