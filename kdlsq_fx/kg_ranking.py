@@ -22,7 +22,7 @@ from kdlsq_fx.evaluation import Run, runner
 from kdlsq_fx.kg_graph import HEAD, RELATION, TAIL, Facts
 from kdlsq_fx.kg_progress import Progress, identity
 from kdlsq_fx.kg_text import Texts
-from kdlsq_fx.train import Interrupted, Stop
+from kdlsq_fx.watching import Interrupted, Stop
 
 CHUNK = 8192  # sequences that are sorted by length together; a chunk holds whole questions
 TRUE = 1  # the class whose logit ranks

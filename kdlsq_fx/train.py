@@ -178,7 +178,7 @@ def schedule(step: int, total: int, warmup: float = 0.0) -> float:
 def _tell(model: torch.nn.Module, done: float) -> None:
     """A loss with a schedule (a Distiller's) goes by the share of the run that is done."""
     if hasattr(model, "progress"):
-        model.progress = done
+        setattr(model, "progress", done)  # noqa: B010 (nn.Module types its attributes as tensors)
 
 
 def seed_generators(seed: int, step: int) -> None:
