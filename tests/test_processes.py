@@ -61,7 +61,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     for a, b in pairs:
         np.testing.assert_allclose(losses(a), losses(b), rtol=0, atol=1e-6)
         close(a, b, "gradients.safetensors", 1e-12)
-        close(a, b, "weights.safetensors", 1e-12)
+        close(a, b, "weights.safetensors", 1e-10)  # Adam divides by a scale's own gradient, however small
     assert "gm.classifier.weight" not in str(list(load_file(two / "W4E4A8-lsq+" / "gradients.safetensors")))
 
 
