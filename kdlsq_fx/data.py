@@ -182,9 +182,11 @@ class Paired(Encoded):
     def head(self, rows: int) -> Paired:
         return Paired.of(super().head(rows), self.theirs.head(rows))
 
-    def batch(self, rows: Sequence[int] | np.ndarray, *, labels: bool = True) -> dict[str, torch.Tensor]:
-        own = self.theirs.batch(rows, labels=False)
-        return super().batch(rows, labels=labels) | {f"{PREFIX}{k}": v for k, v in own.items()}
+    def batch(
+        self, rows: Sequence[int] | np.ndarray, *, labels: bool = True, part: slice = slice(None)
+    ) -> dict[str, torch.Tensor]:
+        own = self.theirs.batch(rows, labels=False, part=part)
+        return super().batch(rows, labels=labels, part=part) | {f"{PREFIX}{k}": v for k, v in own.items()}
 
     def sample(self, batches: int, *, batch_size: int, seed: int) -> list[dict[str, torch.Tensor]]:
         """Batches for calibration, which only the student reads."""
