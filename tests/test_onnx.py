@@ -117,7 +117,9 @@ def dense_net(bits: int, signed: bool, zero_point: int, shape: tuple[int, ...], 
 def test_dense_layers_at_every_width(bits: int, signed: bool, zero_point: int, optimize: bool) -> None:
     gm, feed = dense_net(bits, signed, zero_point, (2, 6), per_channel=bits % 2 == 0)
     near_ties_only(gm, feed, optimize)
-    near_ties_only(gm, feed, optimize, "spec")
+    # ONNX Runtime 1.32 cannot optimize a signed Gemm of static sizes at opset 25: it turns the zero point of the
+    # QuantizeLinear that it puts behind a Reshape into uint8 and leaves output_dtype at int8 (docs/targets.md).
+    near_ties_only(gm, feed, optimize and not signed, "spec")
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 6)])
