@@ -15,7 +15,7 @@ from torch import fx
 from ..integer_only import dtype_of
 from ..op import op_of
 from . import native_kernels as kernels
-from .native import Builder, Keep, args_of, fixed_of, grid_of, linear_of, norm_of, sides_of, sum_of, whole_of
+from .native_rules import Builder, Keep, args_of, fixed_of, grid_of, linear_of, norm_of, sides_of, sum_of, whole_of
 
 
 def name_of(node: Any) -> str:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..ops.int_softmax import TABLE_LAST
+from ..ops.qdq import torch_container
 from . import native_structs as c
 from .native_library import library
 
@@ -25,10 +26,29 @@ BYTES = (torch.int8, torch.uint8)
 ACCUMULATOR, CODES, REAL, CURVE = range(4)
 CURVES = {"none": 0, "gelu": 1, "relu": 2}
 NO_MASK, ADDED, KEPT = range(3)
+P, I64, F32, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+
+
+def kernel(name: str, arguments: Sequence[Any]) -> Any:
+    """A function of the library, with the C types of its arguments."""
+    call = getattr(library(), f"kdlsq_{name}")
+    call.argtypes = arguments
+    return call
+
+
+class Codes:
+    """Codes ``qmin`` to ``qmax``: what a kernel rounds to."""
+
+    qmin: int
+    qmax: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_container(self.qmin, self.qmax)
 
 
 @dataclass(frozen=True)
-class CodeGrid:
+class CodeGrid(Codes):
     """What a ``quantize`` rounds to: ``real = (code - zero_point) * step``, codes of one byte."""
 
     step: float
@@ -36,21 +56,13 @@ class CodeGrid:
     qmin: int
     qmax: int
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return container_of(self.qmin, self.qmax)
-
     def struct(self) -> c.Grid:
         inverse = float(1 / torch.tensor(self.step, dtype=torch.float32))
         return c.Grid(self.step, inverse, self.zero_point, self.qmin, self.qmax)
 
 
-def container_of(qmin: int, qmax: int) -> torch.dtype:
-    return torch.int8 if qmin >= -128 and qmax <= 127 else torch.uint8
-
-
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Codes):
     """What a ``requantize`` does; ``multiplier`` and ``shift`` ints, or int64 ``[channels]``."""
 
     multiplier: int | torch.Tensor
@@ -58,10 +70,6 @@ class Fixed:
     zero_point: int
     qmin: int
     qmax: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return container_of(self.qmin, self.qmax)
 
     def struct(self) -> tuple[c.Requantize, list[torch.Tensor]]:
         """The struct, and the tensors that must live as long as it."""
@@ -103,7 +111,7 @@ def linear(
     Nothing: int32. ``fixed`` (and a ``table`` of 256 bytes by the byte of the code): codes. ``scale`` 0-d or
     ``[out]``: floats, plus a residual. ``scale``, ``curve`` and ``grid``: codes of the curve of the floats.
     """
-    lib, (n, k) = library(), weight.shape
+    call, (n, k) = kernel("linear", [P, P, I64, I64, P, P, INT]), weight.shape
     offset = x_zero_point + (128 if dtype == torch.int8 else 0)
     start = -offset * weight.sum(1, dtype=torch.int64) + (0 if bias is None else bias.to(torch.int64))
     packed, start = pack_weight(weight), _padded(start.to(torch.int32))
@@ -126,8 +134,7 @@ def linear(
         if grid is not None:
             p.grid, p.curve = grid.struct(), CURVES[curve]
             out_dtype, p.behind = grid.dtype, CURVE
-    call, ref, wide = lib.kdlsq_linear, ctypes.byref(p), int(p.k)
-    call.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 2 + [ctypes.c_int]
+    ref, wide = ctypes.byref(p), int(p.k)
 
     def linear(x: torch.Tensor, residual: torch.Tensor | None = None, kept: Any = kept) -> torch.Tensor:
         if x.shape[-1] != k:
@@ -157,15 +164,6 @@ def linear(
     return linear
 
 
-def _grid_kernel(name: str, arguments: Sequence[Any]) -> Any:
-    call = getattr(library(), f"kdlsq_{name}")
-    call.argtypes = arguments
-    return call
-
-
-P, I64, F32, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-
-
 def layer_norm(
     n: int,
     gain: torch.Tensor | None,
@@ -175,7 +173,7 @@ def layer_norm(
     real: bool,
 ) -> Run:
     """``f(x)``: float32 ``[..., n]`` to the normalised floats (``real``), to their codes (``grid``), or to both."""
-    call = _grid_kernel("norm", [P, I64, I64, P, P, F32, P, P, P, INT])
+    call = kernel("norm", [P, I64, I64, P, P, F32, P, P, P, INT])
     gain, offset = (None if v is None else v.float().contiguous() for v in (gain, offset))
     g_ptr, o_ptr = (None if v is None else v.data_ptr() for v in (gain, offset))
     struct = None if grid is None else grid.struct()
@@ -205,7 +203,7 @@ def layer_norm(
 
 def quantize(grid: CodeGrid) -> Run:
     """``f(x)``: float32 of any shape to codes."""
-    call, struct = _grid_kernel("quantize", [P, P, I64, I64, P, INT]), grid.struct()
+    call, struct = kernel("quantize", [P, P, I64, I64, P, INT]), grid.struct()
     ref, dtype = ctypes.byref(struct), grid.dtype
 
     def quantize(x: torch.Tensor) -> torch.Tensor:
@@ -220,7 +218,7 @@ def quantize(grid: CodeGrid) -> Run:
 
 def requantize(fixed: Fixed) -> Run:
     """``f(acc)``: int32 of any shape to codes; several multipliers run along the last dimension."""
-    call = _grid_kernel("requantize", [P, P, I64, I64, P, INT])
+    call = kernel("requantize", [P, P, I64, I64, P, INT])
     struct, alive = fixed.struct()
     ref, dtype = ctypes.byref(struct), fixed.dtype
 
@@ -236,7 +234,7 @@ def requantize(fixed: Fixed) -> Run:
 
 def product(a_dtype: torch.dtype, b_dtype: torch.dtype, a_zero_point: int, b_zero_point: int) -> Run:
     """``f(a, b)``: ``(a - zero) @ (b - zero)``, codes ``[..., n, k]``, ``[..., k, m]`` -> int32 ``[..., n, m]``."""
-    call = _grid_kernel("product", [P, P, P, P, P, I64, P, INT])
+    call = kernel("product", [P, P, P, P, P, I64, P, INT])
     fixed = {
         "a_signed": a_dtype == torch.int8,
         "b_signed": b_dtype == torch.int8,
@@ -289,7 +287,7 @@ def _offsets(x: torch.Tensor) -> torch.Tensor:
 
 def softmax(grid: CodeGrid) -> Run:
     """``f(x)``: floats ``[..., n]`` to the codes of their softmax over the last dimension."""
-    call, struct = _grid_kernel("softmax", [P, I64, I64, P, P, INT]), grid.struct()
+    call, struct = kernel("softmax", [P, I64, I64, P, P, INT]), grid.struct()
     ref, dtype = ctypes.byref(struct), grid.dtype
 
     def softmax(x: torch.Tensor) -> torch.Tensor:
@@ -317,7 +315,7 @@ class Whole:
 
 def int_softmax(whole: Whole, grid: CodeGrid) -> Run:
     """``f(scores, keep=None)``: int32 ``[..., n]`` and a bool that broadcasts to it, to codes."""
-    call = _grid_kernel("int_softmax", [P, P, I64, I64, P, P, P, INT])
+    call = kernel("int_softmax", [P, P, I64, I64, P, P, P, INT])
     structs = whole.struct(), grid.struct()
     dtype = grid.dtype
 
@@ -358,7 +356,7 @@ def attention(
     -> ``[batch, heads, rows, dim]``, a transposed view of ``[batch, rows, heads, dim]``. The mask broadcasts to the
     scores: float32 that is added to them, or (with ``whole``) bool, true where a key is there.
     """
-    call = _grid_kernel("attention", [P, P, P, INT])
+    call = kernel("attention", [P, P, P, INT])
     fixed, alive = out.struct()
     sides: dict[str, Any] = {}
     for name, side in (("q", q), ("k", k), ("v", v)):
@@ -404,7 +402,7 @@ def attention(
 
 
 @dataclass(frozen=True)
-class NormCodes:
+class NormCodes(Codes):
     """The integers of an ``int_layer_norm``."""
 
     gain: torch.Tensor
@@ -416,10 +414,6 @@ class NormCodes:
     qmin: int
     qmax: int
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return container_of(self.qmin, self.qmax)
-
     def struct(self) -> c.IntNorm:
         n = self.gain.numel()
         ends = (self.fraction, self.eps, self.shift, self.zero_point, self.qmin, self.qmax)
@@ -428,7 +422,7 @@ class NormCodes:
 
 def int_layer_norm(norm: NormCodes) -> Run:
     """``f(x)``: integers of up to 32 bits ``[..., n]`` to codes."""
-    call, struct, n = _grid_kernel("int_norm", [P, P, I64, P, INT]), norm.struct(), norm.gain.numel()
+    call, struct, n = kernel("int_norm", [P, P, I64, P, INT]), norm.struct(), norm.gain.numel()
 
     def int_layer_norm(x: torch.Tensor, kept: Any = norm) -> torch.Tensor:
         x = x.to(torch.int32).contiguous()
@@ -454,7 +448,7 @@ def int_add(
 ) -> Run:
     """``f(*terms)``: up to 3 integer tensors that broadcast to ``[..., n]``, added in fixed point, rounded once; with
     ``norm`` their ``int_layer_norm``. ``multipliers``: ints, or int64 ``[n]``."""
-    call = _grid_kernel("sum", [P, P, I64, P, INT])
+    call = kernel("sum", [P, P, I64, P, INT])
     factors = [torch.as_tensor(m, dtype=torch.int64).reshape(-1).contiguous() for m in multipliers]
     struct = None if norm is None else norm.struct()
     ref = None if struct is None else ctypes.byref(struct)

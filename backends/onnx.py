@@ -16,10 +16,10 @@ from torch import fx
 from ..errors import CheckpointError, ConfigError
 from ..files import make_folder, write_atomic
 from ..summary import Summary
-from .kernels import KernelReport
 from .onnx_dialects import dialect_of, opset_for
 from .onnx_emitter import Cut, Emitter, op_name
 from .onnx_grids import GridBuilder
+from .onnx_kernels import KernelReport
 
 IR_VERSIONS = {18: 10, 20: 10, 21: 10, 25: 13}  # by opset
 LIMIT = 2**31 - 1  # bytes of one protobuf message

@@ -14,8 +14,8 @@ from torch import fx
 
 from ..summary import summarize_export
 from .cpu import lacks_vnni
-from .kernels import KernelReport, products_of
 from .onnx import ExportReport
+from .onnx_kernels import KernelReport, products_of
 
 SUBBYTE = {onnx.TensorProto.INT2: "int2", onnx.TensorProto.INT4: "int4"}
 

@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError, InputError
-from .kernels import KernelReport, products_of
+from .onnx_kernels import KernelReport, products_of
 
 INTEGER_KERNELS = (
     "QLinearMatMul",

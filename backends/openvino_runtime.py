@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError, ConfigError, InputError
-from .kernels import KernelReport, Product, products_of
+from .onnx_kernels import KernelReport, Product, products_of
 
 BYTES = ("i8", "u8")
 HINTS = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}  # what stays float stays float32

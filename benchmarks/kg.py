@@ -14,23 +14,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import curve, origin, say
 
 from kdlsq_fx import job, kg_job, opening
+from kdlsq_fx.cli_parts import device_of
 from kdlsq_fx.evaluation import onnx_runner
 from kdlsq_fx.files import write_atomic, write_json
-from kdlsq_fx.kg_cli import FORMS, device_of
+from kdlsq_fx.kg_cli import FORMS
 from kdlsq_fx.kg_metrics import rank_difference
 from kdlsq_fx.kg_ranking import Plan, score
 
@@ -121,7 +118,7 @@ def run(task: str, preset: str, args: argparse.Namespace) -> None:
     settings = job.Settings(seed=args.seed, warmup=0.1, clip=1.0, **base)
     teacher = job.fine_tune(source, dataset, tokenizer, out=out, settings=settings)
     chosen = None if preset == "fp32" else recipe(task, preset, args)
-    record = origin(task, preset, args) | {"recipe": asdict(chosen or settings), "rows": found["rows"]}
+    record = described(task, preset, args) | {"recipe": asdict(chosen or settings), "rows": found["rows"]}
 
     def keep(row: job.Row) -> None:
         kept = asdict(row)
@@ -142,35 +139,11 @@ def run(task: str, preset: str, args: argparse.Namespace) -> None:
         keep(row)
 
 
-def origin(task: str, preset: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What else decides a figure: code, versions, machine."""
-    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    names = ("torch", "transformers", "numpy", "onnxruntime")
+def described(task: str, preset: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What was run, and where."""
     device = device_of(args.device)
-    return {
-        "task": task, "preset": preset, "seed": args.seed, "measured": args.triples or "all",
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-        "versions": {n: _version(n) for n in names},
-        "device": device, "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-        "date": date.today().isoformat(),
-    }  # fmt: skip
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "absent"
-
-
-def curve(folder: Path) -> dict[str, Any]:
-    """Seconds, steps, and the loss as means over twentieths of the run."""
-    path = folder / "log.tsv"
-    if not path.exists():
-        return {}
-    lines = [line.split("\t") for line in path.read_text().splitlines()[1:]]
-    loss = [round(float(np.mean([float(x[1]) for x in part])), 5) for part in np.array_split(lines, 20) if len(part)]
-    return {"steps": len(lines), "seconds": float(lines[-1][3]), "loss": loss}
+    told = {"task": task, "preset": preset, "seed": args.seed, "measured": args.triples or "all", "device": device}
+    return {**told, **origin(device)}
 
 
 # --- time
@@ -208,7 +181,7 @@ def speed(args: argparse.Namespace) -> None:
             sequences.append(len(data))
             say(f"{len(data)} sequences: " + ", ".join(f"{n} {s[-1]:.1f} s" for n, s in seconds.items()))
     total = sum(plan.size(i) for i in range(len(plan)))
-    result = origin("umls", "speed", args) | {
+    result = described("umls", "speed", args) | {
         "device": "cpu", "threads": args.threads, "batch": args_batch, "trained": trained, "sequences": sequences,
         "seconds": seconds, "total": total, "naive": 2 * len(plan.triples) * plan.facts.entities,
     }  # fmt: skip
@@ -297,10 +270,6 @@ def origins(found: list[dict[str, Any]]) -> list[str]:
             f"* {r['task']} {r['preset']}: {r['measured']} of dev; {where}; {known}; {r['commit']}, {r['date']}"
         )
     return lines
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -19,20 +19,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import origin, say
 
 import kdlsq_fx as kq
 from kdlsq_fx import data, job, opening
@@ -76,18 +73,9 @@ def main() -> int:
     return 0
 
 
-def origin() -> dict[str, Any]:
-    """What else decides a figure."""
-    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    names = ("torch", "transformers", "numpy", "kdlsq-fx")
-    return {
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-        "versions": {n: version(n) for n in names},
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "date": date.today().isoformat(),
-    }
+def busy_origin() -> dict[str, Any]:
+    """Where the figures were made, and how busy the machine was."""
+    return origin() | {"load": round(os.getloadavg()[0], 1)}
 
 
 # --- seconds and bytes
@@ -116,7 +104,12 @@ def timings(args: argparse.Namespace) -> None:
     batches = rows.order(batch_size=args.batch_size, seed=0, epoch=0)
     for student, teacher in (("MiniLM", "BERT-base"), ("MiniLM", "MiniLM")):
         made = measure(student, teacher, rows, batches, args)
-        out = {"student": student, "teacher": teacher, **made, "origin": origin()}
+        out = {
+            "student": student,
+            "teacher": teacher,
+            **made,
+            "origin": busy_origin(),
+        }
         out |= {k: vars(args)[k] for k in ("threads", "steps", "batch_size", "length", "preset", "loss", "compress")}
         RESULTS.mkdir(parents=True, exist_ok=True)
         write_json(RESULTS / f"seconds-{student}-of-{teacher}.json", out)
@@ -201,7 +194,7 @@ def scores(task: str, seed: int, args: argparse.Namespace) -> None:
     write_json(path, {
         "task": task, "seed": seed, "preset": args.preset, "distil": {"loss": args.loss, "compress": args.compress,
         "schedule": args.schedule}, "settings": asdict(settings), "scores": rows, "curves": curves, "device": device,
-        "bytes_per_example": cache.bytes_per_example, "build_seconds": build, "origin": origin(),
+        "bytes_per_example": cache.bytes_per_example, "build_seconds": build, "origin": busy_origin(),
     })  # fmt: skip
 
 
@@ -265,10 +258,6 @@ def where(r: dict[str, Any], what: str) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in o["versions"].items())
     machine = f"{o['machine'] or 'CPU'}, {o['cores']} cores, load {o['load']}"
     return f"{what}; {machine}; {versions}; commit {o['commit']}; {o['date']}."
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

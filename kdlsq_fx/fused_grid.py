@@ -38,6 +38,6 @@ def dense(x: Tensor) -> bool:
     return True
 
 
-def share(clip: Tensor, n: int) -> Tensor:
+def step_of(clip: Tensor, n: int) -> Tensor:
     """``clip / n`` rounded once, as the CPU does; CUDA multiplies by 1/n where n is a Python number, an ulp off."""
     return clip / clip.new_full((), n) if clip.is_cuda else clip / n

@@ -140,9 +140,16 @@ def student(
     return qat, done
 
 
-def with_texts(dataset: kd_data.Dataset, sources: Sequence[str | Path], tokenizer: Any, recipe: Recipe) -> Any:
-    """The data set with more texts in train, which only the teacher labels: files or folders (data.load_texts). No
-    labels are used then, so ConfigError for a recipe without a teacher or with gold labels."""
+def with_texts(
+    dataset: kd_data.Dataset,
+    sources: Sequence[str | Path],
+    tokenizer: Any,
+    recipe: Recipe,
+    *,
+    limit: int | None = None,
+) -> kd_data.Dataset:
+    """The data set with more texts in train, which only the teacher labels: files or folders (data.load_texts), of
+    each at most ``limit`` rows. No labels are used then: ConfigError for a recipe with gold labels or no teacher."""
     if not recipe.teacher or recipe.gold or recipe.cache:
         do = "train with a running teacher and without the labels' own loss"
         raise ConfigError("texts without labels can only be learned from a teacher", where="more texts", do=do)
@@ -150,7 +157,7 @@ def with_texts(dataset: kd_data.Dataset, sources: Sequence[str | Path], tokenize
     if not isinstance(train, kd_data.Encoded):
         raise ConfigError(f"{dataset.task.name} takes no more texts", do="leave them away")
     for source in sources:
-        train = train.joined(kd_data.load_texts(source, dataset.task, tokenizer))
+        train = train.joined(kd_data.load_texts(source, dataset.task, tokenizer, limit=limit))
     return replace(dataset, train=train)
 
 

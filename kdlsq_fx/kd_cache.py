@@ -32,7 +32,7 @@ from .taps import node_at, shape_of
 
 INDEX = "cache.json"
 OPEN = 64  # shards mapped at a time
-PLANNED = ("padding", "regression", "span", "compress")  # fixed when the cache is made
+FIXED = ("padding", "compress")  # of the loss: what is stored hangs on them
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Cache:
 
     def loss_with(self, changes: dict[str, Any]) -> Loss:
         """The loss it was made for, with other weights, temperature or schedule; ConfigError for what is stored."""
-        fixed = [k for k, v in changes.items() if k in PLANNED[:1] + PLANNED[3:] and v != getattr(self.loss, k)]
+        fixed = [k for k, v in changes.items() if k in FIXED and v != getattr(self.loss, k)]
         if fixed:
             what = f"{fixed[0]} was fixed when the cache was made"
             raise ConfigError(what, where=str(self.folder), do="leave it away, or make another cache")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kdlsq_fx.errors import ConfigError
+from kdlsq_fx.cli_parts import device_of, find_tokenizer, say
 
 TASKS = ("kg-triples", "kg-links", "kg-relations")
 FORMS = {"ptq": "min-max PTQ", "qat": "student (qat)", "int": "integer", "onnx": "ONNX"}  # the rows of job.preset_rows
@@ -16,7 +16,6 @@ def add_options(p: argparse.ArgumentParser) -> None:
     """Options of a task on a knowledge graph, for `train` and `eval`."""
     p.add_argument("--task", choices=TASKS, help="of a knowledge graph: --data is then a folder in KG-BERT's layout")
     p.add_argument("--long-texts", action="store_true", help="entity2textlong in place of entity2text (graphs)")
-    p.add_argument("--device", default="cpu", help="cpu, cuda or auto: where float and qat models run")
 
 
 def add_train_options(p: argparse.ArgumentParser) -> None:
@@ -27,20 +26,6 @@ def add_train_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--forms", nargs="+", choices=tuple(FORMS), help=text)
 
 
-def device_of(name: str) -> str:
-    """``auto`` is cuda where there is one."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as e:
-        what = str(e).splitlines()[0]
-        raise ConfigError(f"cannot be used ({what})", where=f"--device {name}", do="use auto or cpu") from e
-    return name
-
-
 def skipped(args: argparse.Namespace) -> tuple[str, ...]:
     """Names of the rows that are not measured."""
     wanted = args.forms or (("qat", "onnx") if args.task == "kg-links" else tuple(FORMS))
@@ -48,34 +33,30 @@ def skipped(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def load(args: argparse.Namespace, tokenizer: Any, **fields: Any) -> tuple[Any, Any, tuple[str, ...]]:
-    """The data set that the options of `train` or `eval` name, of a graph's task or in GLUE's layout; what makes a row
-    of its table; and the names of its figures (none: those of its metric)."""
-    from dataclasses import replace
+    """The data set of a graph's task that the options of `train` or `eval` name; what makes a row of its table; and the
+    names of its figures (none: those of its metric). ``fields``: of kg_job.KgDataset."""
+    from kdlsq_fx import kg_job
 
-    from kdlsq_fx import cli, data, job, kg_job
-
-    device = device_of(args.device)
-    if args.task is None:
-        dataset = data.load(args.data, tokenizer, max_length=args.max_length)
-        return replace(dataset, device=device), job.measure, ()
     names = ("max_length", "long_texts", "seed", "negatives", "fresh", "split")
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if args.command == "train":
         fields["states"] = args.out / "ranking"
-    found = kg_job.load(args.data, tokenizer, args.task, device=device, **options, **fields)
+    found = kg_job.load(args.data, tokenizer, args.task, **options, **fields)
     for note in kg_job.notes(found):
-        cli.say(note)
+        say(note)
     return found, kg_job.measure, kg_job.figures(args.task)
 
 
 def run_eval(args: argparse.Namespace) -> int:
     """`eval --task`: the figures of one model; a ranking is kept beside ``--out`` and goes on when it was stopped."""
-    from kdlsq_fx import cli, metrics, opening
+    from kdlsq_fx import metrics, opening
     from kdlsq_fx.files import write_json
 
-    tokenizer = opening.load_tokenizer(str(args.tokenizer or cli.find_tokenizer(args.model)))
+    tokenizer = opening.load_tokenizer(str(args.tokenizer or find_tokenizer(args.model)))
     states = args.out.with_name(args.out.name + ".ranks") if args.out else None
-    dataset, measure, figures = load(args, tokenizer, batch_size=args.batch_size, states=states)
+    dataset, measure, figures = load(
+        args, tokenizer, batch_size=args.batch_size, states=states, device=device_of(args.device)
+    )
     model = opening.open_model(args.model, dataset.task, backend=args.backend)
     row = measure(args.model.stem, "eval", model, dataset)
     for name in figures or (*metrics.HEADLINES[dataset.task.metric], "headline"):

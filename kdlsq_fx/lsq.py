@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from kdlsq_fx import fused
 from kdlsq_fx.baselines import Ema, MinMax, Twn
-from kdlsq_fx.fused_grid import Grid, share
+from kdlsq_fx.fused_grid import Grid, step_of
 from kdlsq_fx.qconfig import QSpec
 from kdlsq_fx.quantizer import Lsq, Role, along, round_codes, to_real
 from kdlsq_fx.scale_init import Summary, initial_offset
@@ -76,14 +76,14 @@ class _KdlsqFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, alpha: Tensor, qmin: int, qmax: int, clip_gradient: bool) -> Tensor:
         ctx.save_for_backward(x, alpha)
         ctx.qmin, ctx.qmax, ctx.clip_gradient = qmin, qmax, clip_gradient
-        by = along(share(alpha, qmax), x.ndim)
+        by = along(step_of(alpha, qmax), x.ndim)
         return to_real(round_codes(x, by, 0, qmin, qmax), by, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, alpha = ctx.saved_tensors
-        ratio = torch.div(x, along(share(alpha, ctx.qmax), x.ndim))
+        ratio = torch.div(x, along(step_of(alpha, ctx.qmax), x.ndim))
         low, high = _ends(ctx.qmin, ctx.qmax, x.dtype)
         grad_x = _inside(grad, ratio, low, high) if ctx.clip_gradient else grad
         grad_alpha = None
@@ -186,7 +186,7 @@ class Kdlsq(Lsq):
         return self.raw, self.floor, self.qmax
 
     def _step(self, raw: Tensor) -> Tensor:
-        return share(raw, self.qmax)
+        return step_of(raw, self.qmax)
 
     def _raw_of(self, step: Tensor) -> Tensor:
         return step * self.qmax

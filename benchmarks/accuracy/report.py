@@ -215,11 +215,10 @@ def _curves(watched: dict[Key, Any]) -> None:
 def _scales(watched: dict[Key, Any]) -> None:
     import matplotlib.pyplot as plt
 
-    kinds = {"weights": ("weight",), "tables": ("embeddings",), "activations": ()}
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     r = next((watched[k] for k in watched if k[:3] == ("mrpc", "kdlsq-lsq", 2)), next(iter(watched.values())))
     at = [0, *r["curves"]["at"]]
-    for axis, (kind, _) in zip(axes, kinds.items()):
+    for axis, kind in zip(axes, ("weights", "tables", "activations")):
         for name, ratio in r["curves"]["scales"].items():
             if _kind(name) == kind:
                 axis.plot(at, [1.0, *ratio], linewidth=0.8, color="tab:blue", alpha=0.6)
@@ -229,7 +228,6 @@ def _scales(watched: dict[Key, Any]) -> None:
     plt.close(figure)
 
 
-@functools.lru_cache(None)
 def _kind(name: str) -> str:
     if "embeddings" in name and "weight" in name:
         return "tables"

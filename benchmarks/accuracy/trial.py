@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import POINTS, curve
 from torch import nn
 
 import kdlsq_fx as kq
 from kdlsq_fx import data, job, metrics, opening, rows
 from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.train import fit
-
-POINTS = 20  # of a curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,25 +56,6 @@ FP32: dict[str, dict[str, Any]] = {
 TASKS = tuple(FP32)
 
 
-# Texts of other tasks, without labels, that a student may follow its teacher on: files under the data folder. STS-B
-# holds MRPC's sentences and is kept away from it.
-MORE = {
-    "rte": ("qnli/train_derived.tsv.gz", "mrpc/train.tsv", "qqp/train.tsv.gz"),
-    "mrpc": ("qqp/train.tsv.gz", "rte/train.tsv"),
-    "stsb": ("qqp/train.tsv.gz", "rte/train.tsv"),
-    "cola": ("sst2/train.tsv.gz",),
-}
-MORE_ROWS = 20_000  # of each file
-
-
-def more_texts(folder: Path, task: str, tokenizer: Any) -> data.Encoded:
-    """The texts of ``MORE``, in this task's form."""
-    first, *others = (data.load_texts(folder / f, data.GLUE[task], tokenizer, limit=MORE_ROWS) for f in MORE[task])
-    for other in others:
-        first = first.joined(other)
-    return first
-
-
 def load(folder: Path, task: str, tokenizer: Any, device: str) -> data.Dataset:
     """Train and dev of a task, dev never trained on. QNLI's train is the derived one, which has its own file name."""
     if task != "qnli":
@@ -108,11 +88,11 @@ def train_row(
     loop = kq.distill(qat, teacher, gold=float(row.gold)) if row.teacher else qat
     loop.to(dataset.device)
     curves = Curves(qat, dataset, steps, watch)
-    done = fit(
+    fit(
         loop, dataset.train, out_dir=out, steps=steps, lr=lr, batch_size=batch_size, seed=seed,
         groups=kq.param_groups(loop, lr=lr), save_seconds=1e9, on_step=curves, title=out.name,
     )  # fmt: skip
-    return qat.eval(), {"steps": done.steps, "seconds": round(done.seconds, 1), **curves.found(out / "log.tsv")}
+    return qat.eval(), curves.found(out)
 
 
 class Curves:
@@ -136,12 +116,9 @@ class Curves:
             ratio = scale.detach() / self.first[name]
             self.ratios[name].append(round(float(ratio.mean()), 4))
 
-    def found(self, log: Path) -> dict[str, Any]:
-        lines = [line.split("\t") for line in log.read_text(encoding="utf-8").splitlines()[1:]]
-        chunks = np.array_split(np.arange(len(lines)), POINTS)
-        loss = [round(float(np.mean([float(lines[i][1]) for i in c])), 5) for c in chunks if len(c)]
+    def found(self, run: Path) -> dict[str, Any]:
         watched = {"at": self.steps, "dev": self.dev, "scales": self.ratios} if self.watch else {}
-        return {"loss": loss, **watched}
+        return {**curve(run), **watched}
 
 
 def score(model: Any, dataset: data.Dataset) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
