@@ -23,6 +23,7 @@ from .passes.demand_integers import demand_integers
 from .passes.drop_dropout import drop_dropout
 from .passes.freeze import freeze
 from .passes.insert_quantizers import insert_quantizers
+from .passes.leave_out_blocks import leave_out_blocks
 from .passes.lower import lower
 from .pipeline import Pass, Trace, run_passes
 from .qconfig import QConfig, Rule, resolve
@@ -68,6 +69,7 @@ def prepare_qat(
     run_passes(
         captured.gm,
         [
+            *([leave_out_blocks] if config.left_out else []),  # a member of a family may be shallower
             choose_integer_forms,  # integer placement: softmax and GELU as the integers will compute them
             insert_quantizers,  # values a rule names get their quantizer, biases and LayerNorms their grid
         ],

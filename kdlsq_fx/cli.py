@@ -1,4 +1,4 @@
-"""The command line: ``kdlsq-fx train | cache | convert | export | eval | inspect | demo | bench``.
+"""The command line: ``kdlsq-fx train | cache | family | convert | export | eval | inspect | demo | bench``.
 
 Exit codes: 0 done, 1 something handed in is wrong (said in a line or two), 2 wrong usage, 130 stopped by Ctrl-C.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdlsq_fx import cli_bench, cli_cache, kg_cli
+from kdlsq_fx import cli_bench, cli_cache, cli_family, kg_cli
 from kdlsq_fx.cli_parts import DATA_HELP, add_device, at_least, command, device_of, find_tokenizer, positive, say
 from kdlsq_fx.errors import ConfigError, InputError, KdlsqError
 
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         prog="kdlsq-fx", description="Quantize BERT-family models: train, convert, export, run."
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_train, cli_cache.add, _convert, _export, _eval, _inspect, _demo, cli_bench.add):
+    for add in (_train, cli_cache.add, cli_family.add, _convert, _export, _eval, _inspect, _demo, cli_bench.add):
         add(commands)
     return top
 

@@ -80,6 +80,16 @@ class Encoded:
         labels = None if self.labels is None else self.labels[:rows]
         return replace(self, starts=self.starts[: rows + 1], labels=labels)
 
+    def pick(self, rows: np.ndarray) -> Encoded:
+        """These rows, in this order."""
+        parts = [slice(self.starts[i], self.starts[i + 1]) for i in rows]
+        starts = np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64)
+        types = None if self.types is None else np.concatenate([self.types[p] for p in parts])
+        labels = None if self.labels is None else self.labels[rows]
+        return replace(
+            self, ids=np.concatenate([self.ids[p] for p in parts]), types=types, starts=starts, labels=labels
+        )
+
     def joined(self, other: Encoded) -> Encoded:
         """These rows, then those of ``other``, without labels: what a teacher alone can be learned from."""
         if (self.types is None) != (other.types is None) or self.pad_id != other.pad_id:
@@ -206,6 +216,20 @@ class Dataset:
     train: Any  # Encoded, or another train.Source with ``sample``
     dev: Encoded
     device: str = "cpu"
+
+
+def held_out(dataset: Dataset, rows: int, *, seed: int, limit: int | None = None) -> tuple[Dataset, Encoded]:
+    """The data set without some random rows of train, and those rows: to choose models on, dev being for reports.
+
+    ``limit``: keep at most so many of the other rows of train. InputError where fewer than twice ``rows`` are there.
+    """
+    train = dataset.train
+    if not isinstance(train, Encoded) or len(train) < 2 * rows:
+        what = f"{rows} rows cannot be held out of {len(train)} rows of train"
+        raise InputError(what, where=dataset.task.name, do="hold out fewer rows, or bring more")
+    order = np.random.default_rng(seed).permutation(len(train))
+    kept = order[rows:] if limit is None else order[rows : rows + limit]
+    return replace(dataset, train=train.pick(kept)), train.pick(order[:rows])
 
 
 def load(source: str | Path, tokenizer: Any, *, max_length: int | None = None) -> Dataset:

@@ -122,6 +122,23 @@ def _exists(gm: fx.GraphModule, target: str) -> bool:
     return True
 
 
+def drop_unused(gm: fx.GraphModule) -> None:
+    """Forget every parameter, buffer and module that no node of the graph reads."""
+    used = {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
+    for owner_name, owner in list(gm.named_modules(remove_duplicate=False)):
+        prefix = f"{owner_name}." if owner_name else ""
+        if any(prefix[:i] in used for i, c in enumerate(prefix) if c == "."):
+            continue  # a module that is called keeps what it holds
+        for own in (owner._parameters, owner._buffers):
+            for name in [n for n in own if f"{prefix}{n}" not in used]:
+                del own[name]
+    for name, module in sorted(gm.named_modules(remove_duplicate=False), key=lambda p: -len(p[0])):
+        empty = not (module._modules or module._parameters or module._buffers)
+        if name and empty and name not in used:
+            parent, _, last = name.rpartition(".")
+            gm.get_submodule(parent)._modules.pop(last, None)
+
+
 def constants(graph: fx.Graph) -> dict[str, fx.Node]:
     """Target -> the first ``get_attr`` node that reads it."""
     found: dict[str, fx.Node] = {}

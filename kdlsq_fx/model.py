@@ -59,6 +59,11 @@ class QuantModel(nn.Module):
         held = next(self.buffers(), None) if held is None else held
         return torch.device("cpu") if held is None else held.device
 
+    @property
+    def most_tokens(self) -> int:
+        """The longest text in tokens; 0 where the model has no such limit."""
+        return self._limits[1]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the graph. Raises InputError for ids outside the vocabulary, sequences longer than the positions, NaN,
         and arguments that were not captured. ``return_dict=False`` gives the output's fields as a tuple."""

@@ -129,15 +129,20 @@ class QConfig:
 
     ``placement``  "kdlsq": operands of matrix products and embedding tables (papers 1.2); "integer": every value.
     ``heads``      "float": the last linear of a classifier or QA head keeps its floats; "quantized": as any other.
+    ``left_out``   encoder blocks, counted from 0, that are taken out before anything is quantized.
     """
 
     rules: tuple[Rule, ...]
     placement: Literal["kdlsq", "integer"] = "kdlsq"
     heads: Literal["float", "quantized"] = "float"
     name: str = ""
+    left_out: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
+        if not isinstance(self.left_out, (tuple, list)) or any(type(b) is not int or b < 0 for b in self.left_out):
+            raise ConfigError(f"left_out={self.left_out!r} names no blocks", do="list block numbers, from 0: [3, 5]")
+        object.__setattr__(self, "left_out", tuple(sorted(set(self.left_out))))
         bad = [r for r in self.rules if not isinstance(r, Rule)]
         if bad:
             raise ConfigError(f"{bad[0]!r} is not a Rule", do="build a qconfig from Rule(site=..., op=..., ...)")

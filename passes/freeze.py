@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from ..errors import CalibrationError
 from ..folding import fold_constants, tabulate_positions
-from ..graph import EXACT, fetch, module_path, op_label, put, root, site_of, unused_name
+from ..graph import EXACT, drop_unused, fetch, module_path, op_label, put, root, site_of, unused_name
 from ..lsq import BiasGrid, Lsq
 from ..masks import tokens_there
 from ..op import op_of, tensor_args
@@ -239,18 +239,3 @@ def _call(
         new = gm.graph.call_function(target, args, kwargs or {})
     new.meta = {"site": site, "path": module_path(node), "val": node.meta["val"].detach().to(dtype)}
     return new
-
-
-def drop_unused(gm: fx.GraphModule) -> None:
-    """Forget every parameter, buffer and module that no node of the graph reads."""
-    used = {str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")}
-    for owner_name, owner in list(gm.named_modules(remove_duplicate=False)):
-        prefix = f"{owner_name}." if owner_name else ""
-        for own in (owner._parameters, owner._buffers):
-            for name in [n for n in own if f"{prefix}{n}" not in used]:
-                del own[name]
-    for name, module in sorted(gm.named_modules(remove_duplicate=False), key=lambda p: -len(p[0])):
-        empty = not (module._modules or module._parameters or module._buffers)
-        if name and empty and name not in used:
-            parent, _, last = name.rpartition(".")
-            gm.get_submodule(parent)._modules.pop(last, None)

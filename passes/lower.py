@@ -6,14 +6,13 @@ from typing import Any
 
 from torch import fx
 
-from ..graph import computes_floats, fetch, moves_data, plumbing, site_of
+from ..graph import computes_floats, drop_unused, fetch, moves_data, plumbing, site_of
 from ..integer_only import float_nodes
 from ..lowering import Grid, Island, Lowering, QValue, StaysFloat, array, float64
 from ..op import is_float, op_of, tensor_args
 from ..ops.lower_rules import lower_curve, requantized
 from ..ops.qdq import dequantize, quantize
 from ..pipeline import graph_pass
-from .freeze import drop_unused
 
 MOVES_CODES = ("cat", "gather", "index_select", "pad")  # as long as all operands stand on one grid
 

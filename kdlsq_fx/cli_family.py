@@ -1,0 +1,104 @@
+"""``kdlsq-fx family``: one training, then a model for each budget; or only what each weight loses at fewer bits."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from kdlsq_fx.cli_parts import DATA_HELP, add_device, at_least, command, device_of, positive, say
+from kdlsq_fx.errors import ConfigError
+
+
+def add(commands: Any) -> None:
+    text = "train once, then write a model for each budget of bytes: widths of weights and depth chosen by search"
+    p = command(commands, "family", run, text)
+    p.add_argument("model", help="fine-tuned classifier, or an encoder that is fine-tuned first; `minilm` is packaged")
+    p.add_argument("--data", required=True, help=DATA_HELP)
+    p.add_argument("--budget", default="", help="sizes of model.safetensors, such as 6MiB,8MiB,11MiB,16MiB")
+    p.add_argument("--latency", type=positive, metavar="MS", help="most milliseconds of a text of 128 tokens")
+    p.add_argument("--sensitivity", action="store_true", help="train nothing, only measure each weight at fewer bits")
+    p.add_argument("--out", type=Path, default=Path("runs/family"), help="output folder; a run found in it goes on")
+    p.add_argument("--qconfig", default="W8E8A8", help="preset or JSON file for all but the widths of the weights")
+    p.add_argument("--bits", default="2,3,4,6,8", help="widths that a weight can have")
+    p.add_argument("--leave-out", type=at_least(0), default=0, help="at most so many blocks are left out of a member")
+    p.add_argument("--draws", choices=("one", "sandwich"), default="one", help="members of a training step")
+    p.add_argument("--steps", type=at_least(1), default=1000, help="training steps")
+    p.add_argument("--lr", type=positive, default=2e-4, help="learning rate of the weights")
+    p.add_argument("--fp32-epochs", type=positive, default=3.0, help="epochs of the fp32 fine-tuning")
+    p.add_argument("--fp32-lr", type=positive, default=5e-5, help="learning rate of the fp32 fine-tuning")
+    p.add_argument("--batch-size", type=at_least(1), default=32, help="rows of a batch")
+    p.add_argument("--max-length", type=at_least(4), help="tokens of a row")
+    p.add_argument("--seed", type=at_least(0), default=42, help="of the order of rows, the draws, the rows held out")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the matrix products in training")
+    p.add_argument("--held-out", type=at_least(1), default=500, help="rows of train that only choose members")
+    p.add_argument("--calibration", type=at_least(1), default=128, help="rows of train that losses are measured on")
+    p.add_argument("--candidates", type=at_least(1), default=6, help="members of a budget measured on rows held out")
+    add_device(p)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dataclasses import asdict, replace
+
+    from kdlsq_fx import data, family_job, job, opening
+    from kdlsq_fx.files import belongs_to, make_folder
+    from kdlsq_fx.qconfig import resolve
+
+    budgets = {t: float(family_job.parse_size(t)) for t in args.budget.replace(" ", "").split(",") if t}
+    if bool(budgets) == args.sensitivity:
+        do = "give --budget 6MiB,8MiB to write models, or --sensitivity only to look"
+        raise ConfigError("a family is for budgets, or to look at", where="--budget", do=do)
+    qconfig = resolve(args.qconfig)
+    plan = family_job.Plan(
+        qconfig=qconfig, bits=_widths(args.bits), leave_out=args.leave_out, draws=args.draws, steps=args.steps,
+        lr=args.lr, batch_size=args.batch_size, seed=args.seed, precision=args.precision,
+        calibration=args.calibration, candidates=args.candidates,
+    )  # fmt: skip
+    out = make_folder(args.out)
+    source = opening.model_source(args.model)
+    tokenizer = opening.load_tokenizer(source)
+    dataset = replace(data.load(args.data, tokenizer, max_length=args.max_length), device=device_of(args.device))
+    dataset, held_out = data.held_out(dataset, args.held_out, seed=args.seed)
+    shared = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.precision}
+    fp32 = job.Settings(epochs=args.fp32_epochs, lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared)
+    known = {"model": source, "data": [dataset.train.fingerprint, held_out.fingerprint], "fp32": vars(fp32)}
+    belongs_to(out, known)
+    made = out / ("sensitivity" if args.sensitivity else "members")
+    if args.sensitivity:
+        plan = replace(plan, steps=0, leave_out=0)
+    belongs_to(make_folder(made), {"plan": {**asdict(plan), "qconfig": qconfig.to_dict()}})
+    start = job.start_model(source, dataset, tokenizer, out=out, settings=fp32)
+    task = family_job.Job(start, dataset, held_out, plan, made)
+    try:
+        return _look(task) if args.sensitivity else _write(task, budgets, tokenizer, args.latency)
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt(str(stopped) or f"stopped; what is done is kept in {out}, run again to go on") from None
+
+
+def _look(task: Any) -> int:
+    from kdlsq_fx import family_report
+
+    task.train()
+    print(family_report.write_sensitivity(task))
+    say(f"written to {task.out}/sensitivity.md, sensitivity.json and sensitivity.svg")
+    return 0
+
+
+def _write(task: Any, budgets: dict[str, float], tokenizer: Any, most_ms: float | None) -> int:
+    from kdlsq_fx import family_job, family_report
+
+    task.check(list(budgets.values()))
+    say(f"{len(task.family.switches)} weights of {len(task.family.bits)} widths, {task.family.blocks} blocks")
+    task.train()
+    family_report.write_sensitivity(task)
+    rows = family_job.run(task, budgets, tokenizer, most_ms=most_ms, say=say)
+    print(family_report.write_table(task, rows))
+    say(f"written to {task.out}: table.md, table.json, pareto.svg, sensitivity.svg and a folder for each budget")
+    return 0
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise ConfigError(f"{text!r} names no widths", where="--bits", do="write 2,3,4,6,8") from None

@@ -1,0 +1,69 @@
+"""Leaving out encoder blocks: what enters a block takes the place of what leaves it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from .errors import ConfigError
+from .graph import fetch, site_of
+from .lsq import Lsq
+from .taps import find_taps
+
+
+def count_blocks(gm: fx.GraphModule) -> int:
+    """How many blocks the graph has, as :func:`kdlsq_fx.taps.find_taps` finds them."""
+    found = find_taps(gm)
+    return len(found.hidden) - 1 + found.first if found.hidden else 0
+
+
+def leave_out(gm: fx.GraphModule, blocks: Iterable[int]) -> None:
+    """block(x) -> x for these blocks, counted from 0, in a float or a qat graph; dead nodes go, modules stay.
+
+    In a qat graph the value keeps its own quantizer: what was read behind the block is read through that of the value
+    in front of it, as where the blocks were left out before the quantizers came. ConfigError for a block that is not
+    there, or cannot go: it hands on a second value, nothing of its shape enters it, or the two quantizers differ.
+    """
+    chosen = sorted(set(blocks))
+    if not chosen:
+        return
+    found = find_taps(gm)
+    states: list[fx.Node | None] = [*([None] * found.first), *found.hidden]
+    total = len(states) - 1 if found.hidden else 0
+    if chosen[-1] >= total or chosen[0] < 0:
+        what = f"block {chosen[-1] if chosen[0] >= 0 else chosen[0]} cannot be left out: there are {total} blocks"
+        raise ConfigError(what, where="left_out", do=f"count from 0 to {total - 1}" if total else "leave none out")
+    value = states[0]
+    for block, out in enumerate(states[1:]):
+        assert out is not None
+        if block not in chosen:
+            value = out
+        elif value is None:
+            raise ConfigError(f"nothing of its width enters block {block}", where=site_of(out), do="keep this block")
+        else:
+            _bypass(gm, out, value)
+    gm.graph.eliminate_dead_code()
+    rest = len(find_taps(gm).attention)
+    if rest * total != len(found.attention) * (total - len(chosen)):
+        do = "keep them: more than one value leaves one of them"
+        raise ConfigError(f"blocks {chosen} cannot be left out", where="left_out", do=do)
+
+
+def _bypass(gm: fx.GraphModule, out: fx.Node, value: fx.Node) -> None:
+    """Let everybody who reads ``out``, a block's output, read ``value``, its input."""
+    for own in _quantizers(gm, out):
+        spec = fetch(gm, str(own.target)).spec
+        twin = next((q for q in _quantizers(gm, value) if fetch(gm, str(q.target)).spec == spec), None)
+        if twin is None:
+            what = f"what enters the block is not quantized as what leaves it ({spec.quantizer}{spec.bits})"
+            raise ConfigError(what, where=site_of(own), do="keep the block, or give both values the same spec")
+        for grid in [n for n in gm.graph.find_nodes(op="get_attr") if n.target == own.target]:
+            grid.target = twin.target
+        own.replace_all_uses_with(twin)
+        gm.graph.erase_node(own)
+    out.replace_all_uses_with(value)
+
+
+def _quantizers(gm: fx.GraphModule, value: fx.Node) -> list[fx.Node]:
+    return [n for n in value.users if n.op == "call_module" and isinstance(gm.get_submodule(str(n.target)), Lsq)]

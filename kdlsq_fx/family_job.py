@@ -1,0 +1,263 @@
+"""One training and its members, step by step; each step leaves files behind and is skipped when they are there.
+
+out/fp32/              the fine-tuned model, where one was not given
+out/family/            the trained weights and the scales of every width
+out/losses.json        what was measured, one change at a time; sensitivity.md, .json and .svg show it
+out/largest/int/       the largest member, from which sizes are known
+out/held_out.json      candidates, measured on rows of train that nothing was trained on
+out/<budget>/          a member: qat/, int/ and rules.json, which prepare_qat takes
+out/table.md, table.json, pareto.svg
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdlsq_fx import data as kd_data
+from kdlsq_fx import job
+from kdlsq_fx.errors import ConfigError
+from kdlsq_fx.evaluation import evaluate
+from kdlsq_fx.family import WIDTHS, Family, Member, make_family
+from kdlsq_fx.family_search import Tables, best, check_budgets, refuse_below
+from kdlsq_fx.family_tables import Losses, latency, lower_bound, make_tables, output_distance, stored_bytes
+from kdlsq_fx.files import INFO, make_folder, read_json, read_tensors, write_atomic, write_json, write_tensors
+from kdlsq_fx.train import fit
+
+STATE = "model.safetensors"
+EVAL_ROWS = 64
+TERM = "output"  # what the search makes small: the distance of the outputs from the teacher's
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a family is made and searched. ``steps`` 0: nothing is trained. ``calibration``: rows of train that losses
+    are measured on; ``candidates``: members of a budget that are measured on the rows held out."""
+
+    qconfig: Any = "W8E8A8"
+    bits: tuple[int, ...] = WIDTHS
+    leave_out: int = 0
+    draws: str = "one"
+    steps: int = 1000
+    lr: float = 2e-4
+    batch_size: int = 32
+    seed: int = 42
+    precision: str = "fp32"
+    calibration: int = 128
+    candidates: int = 6
+
+
+def parse_size(text: str) -> int:
+    """``6MiB``, ``8.5MB``, ``900KiB`` or bytes. ConfigError for anything else."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].upper() not in UNITS or not float(found[1]) > 0:
+        raise ConfigError(f"{text!r} is no size", where="--budget", do="write sizes as 6MiB, 8.5MB or bytes")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+class Job:
+    """The steps, for one data set. ``start``: the float model that the family starts from and learns from."""
+
+    def __init__(
+        self, start: torch.nn.Module, dataset: kd_data.Dataset, held_out: kd_data.Encoded, plan: Plan, out: Path
+    ) -> None:
+        self.start, self.dataset, self.held_out, self.plan = start.eval(), dataset, held_out, plan
+        self.out = make_folder(out)
+        self._wanted: torch.Tensor | None = None  # the teacher's outputs on the rows held out
+        batches = dataset.train.sample(job.CALIBRATION_BATCHES, batch_size=plan.batch_size, seed=plan.seed)
+        self.family = make_family(
+            self.start, self.start, plan.qconfig, batches=batches, bits=plan.bits, leave_out=plan.leave_out,
+            draws=plan.draws, seed=plan.seed, device=dataset.device,
+        )  # fmt: skip
+
+    # training
+
+    def train(self) -> float:
+        """Train, or load what was trained; the seconds it took."""
+        folder = self.out / "family"
+        if (folder / STATE).is_file():
+            self.family.load_state_dict(read_tensors(folder / STATE))
+            self.family.eval().cpu()
+            return float(read_json(folder / "done.json")["seconds"])
+        from kdlsq_fx.calibration import param_groups
+
+        plan, seconds = self.plan, 0.0
+        make_folder(folder)
+        if plan.steps:
+            done = fit(
+                self.family, self.dataset.train, out_dir=folder / "run", steps=plan.steps, lr=plan.lr,
+                batch_size=plan.batch_size, seed=plan.seed, precision=plan.precision, title="family",
+                groups=param_groups(self.family, lr=plan.lr),
+            )  # fmt: skip
+            seconds = done.seconds
+        self.family.eval().cpu()
+        write_json(folder / "done.json", {"format": 1, "steps": plan.steps, "seconds": seconds})
+        write_tensors(folder / STATE, self.family.state_dict())
+        job.drop_state(folder / "run")
+        return seconds
+
+    def check(self, budgets: Sequence[float]) -> None:
+        """Before any training: ConfigError for a size that no member can have. Scales decide little about sizes."""
+        from kdlsq_fx.api import convert
+
+        if not budgets or (self.out / "family" / STATE).is_file():
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            self.family.eval()
+            convert(self.family.student).save_pretrained(folder)
+            fixed, blocks = stored_bytes(self.family, Path(folder))
+        refuse_below(min(budgets), lower_bound(self.family, fixed, blocks))
+
+    # tables
+
+    def batches(self, rows: kd_data.Encoded) -> list[dict[str, torch.Tensor]]:
+        return [rows.batch(r, labels=False) for r in rows.sorted_batches(EVAL_ROWS)]
+
+    def losses(self) -> Losses:
+        """What was measured so far, on rows of train; use it as a context, so that nothing is lost."""
+        rows = np.random.default_rng(self.plan.seed).permutation(len(self.dataset.train))[: self.plan.calibration]
+        return Losses(self.family, self.batches(self.dataset.train.pick(rows)), self.out / "losses.json")
+
+    def tables(self, *, with_latency: bool = False) -> Tables:
+        """Every table, measured or loaded."""
+        from kdlsq_fx.api import convert
+
+        folder = self.out / "largest" / "int"
+        if not (folder / INFO).is_file():
+            self.family.eval()
+            convert(self.family.student).save_pretrained(folder)
+        ms = self._latency() if with_latency else None
+        with self.losses() as losses:
+            return make_tables(losses, term=TERM, folder=folder, ms=ms)
+
+    def _latency(self) -> tuple[float, Any]:
+        path = self.out / "latency.json"
+        if not path.is_file():
+            whole, blocks = latency(self.family, lambda member: run_ms(self.family, member, self.start))
+            write_json(path, {"format": 1, "whole": whole, "blocks": blocks.tolist()})
+        known = read_json(path)
+        return known["whole"], np.asarray(known["blocks"], float)
+
+    # members
+
+    def choose(self, tables: Tables, budgets: Mapping[str, float]) -> tuple[Member, float]:
+        """The member whose outputs are nearest to the teacher's on the rows held out, and how near: one of the best by
+        the tables, or the widest uniform one that keeps the budgets."""
+        found = best(tables, budgets, self.plan.candidates)
+        plain = [self.family.uniform(b) for b in self.family.bits]
+        plain = [m for m in plain if all(tables.cost(c, m) <= most for c, most in budgets.items())]
+        found += [m for m in plain[-1:] if m not in found]
+        path = self.out / "held_out.json"
+        known: dict[str, float] = read_json(path)["members"] if path.exists() else {}
+        for member in found:
+            if member_key(member) not in known:
+                known[member_key(member)] = self.distance(member)
+                write_json(path, {"format": 1, "rows": len(self.held_out), "members": known})
+        winner = min(found, key=lambda m: known[member_key(m)])
+        return winner, known[member_key(winner)]
+
+    def distance(self, member: Member) -> float:
+        """:func:`output_distance` of a member on the rows held out."""
+        if self._wanted is None:
+            self._wanted = torch.from_numpy(evaluate(self.start, self.held_out, title="teacher"))
+        with self.family.at(member) as kd:
+            logits = evaluate(kd.student, self.held_out, title="candidate")
+        return float(output_distance(torch.from_numpy(logits), self._wanted))
+
+    def write(self, member: Member, name: str, tokenizer: Any) -> tuple[Path, Any]:
+        """``out/name`` with ``qat/``, ``int/`` and ``rules.json``, and the qat model; loaded where it is there."""
+        from kdlsq_fx.api import convert, from_pretrained
+
+        folder = make_folder(self.out / name)
+        rules, text = folder / "rules.json", self.family.qconfig(member).to_json() + "\n"
+        if rules.is_file() and rules.read_text(encoding="utf-8") == text:
+            return folder, from_pretrained(folder / "qat")
+        rules.unlink(missing_ok=True)  # written last: a folder with rules is whole
+        qat = self.family.member(member, self.start)
+        qat.save_pretrained(folder / "qat", tokenizer)
+        convert(qat).save_pretrained(folder / "int")
+        tokenizer.save_pretrained(folder / "int")
+        write_atomic(rules, lambda path: Path(path).write_text(text, encoding="utf-8"))
+        return folder, qat
+
+
+def member_key(member: Member) -> str:
+    return json.dumps([list(member.bits), list(member.left_out)])
+
+
+def run_ms(family: Family, member: Member, model: torch.nn.Module, *, length: int = 128, seconds: float = 2.0) -> float:
+    """Median milliseconds of one text of ``length`` tokens as ONNX under ONNX Runtime, on the threads torch uses."""
+    from kdlsq_fx.api import export_onnx
+    from kdlsq_fx.evaluation import onnx_runner
+    from kdlsq_fx.timing import Shape, padded, time_calls
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(family.member(member, model), path)
+        run = onnx_runner(path)
+        vocab = int(getattr(getattr(model, "config", None), "vocab_size", 1000))
+        shape = Shape(1, min(length, family.student.most_tokens or length))
+        batch = {k: torch.from_numpy(v) for k, v in padded(shape, vocab=vocab).items()}
+        return float(np.median(time_calls(run, batch, seconds=seconds)))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class MemberRow:
+    """One member in the table. Sizes in bytes of ``model.safetensors``; ``held_out``: distance to the teacher's outputs
+    on rows held out of train; ``widths``: share of the weights' elements at each width."""
+
+    name: str
+    budget: float
+    expected: float
+    size: int
+    bitops: float
+    ms: float | None
+    widths: dict[int, float]
+    left_out: tuple[int, ...]
+    held_out: float
+    scores: dict[str, float]
+
+
+def widths_of(family: Family, member: Member) -> dict[int, float]:
+    """Share of the elements of all weights that are there, by width."""
+    sizes = np.array([family.weight(i).numel() for i in range(len(family.switches))], float)
+    there = np.array([s.block is None or s.block not in member.left_out for s in family.switches])
+    bits = np.asarray(member.bits)
+    return {b: float(sizes[there & (bits == b)].sum() / sizes[there].sum()) for b in family.bits}
+
+
+def run(
+    task: Job, budgets: Mapping[str, float], tokenizer: Any, *, most_ms: float | None = None, say: Any = print
+) -> list[MemberRow]:
+    """Everything behind the training: tables, search, members, their scores on dev. ``budgets``: name -> bytes."""
+    began = time.monotonic()
+    tables = task.tables(with_latency=most_ms is not None)
+    limits = {} if most_ms is None else {"ms": most_ms}
+    for size in sorted(budgets.values()):
+        check_budgets(tables, {"bytes": size, **limits})
+    say(f"tables after {time.monotonic() - began:.0f} s")
+    rows = []
+    for name, size in sorted(budgets.items(), key=lambda item: item[1]):
+        member, seen = task.choose(tables, {"bytes": size, **limits})
+        folder, qat = task.write(member, name, tokenizer)
+        scored = job.measure(name, name, qat, replace(task.dataset, device="cpu"))
+        ms = tables.cost("ms", member) if "ms" in tables.costs else None
+        rows.append(
+            MemberRow(
+                name, size, tables.cost("bytes", member), job.weight_bytes(folder / "int"),
+                tables.cost("bitops", member), ms, widths_of(task.family, member), member.left_out,
+                seen, scored.scores,
+            )
+        )  # fmt: skip
+        say(f"{name}: {rows[-1].size / 2**20:.2f} MiB, dev {scored.scores['headline']:.2f}")
+    return rows

@@ -1,0 +1,139 @@
+"""The best members of a family under budgets, by exact optimization over tables; nothing is run here.
+
+A member's loss is taken to be the loss of its blocks being left out plus what each switch adds on its own: the tables
+hold what was measured for one change at a time. For each set of blocks that may be left out, one binary variable says
+"this switch has this width"; SciPy's HiGHS solves it exactly. The next best is found by forbidding the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ConfigError
+from .family import Member
+
+Array = NDArray[np.float64]
+COSTS = ("bytes", "bitops", "ms")
+UNITS = {"bytes": (2**20, "MiB"), "bitops": (1e9, "G bit operations"), "ms": (1.0, "ms")}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the search knows.
+
+    ``bits`` [W] the widths; ``names`` [S] the switches; ``blocks`` [S] the block that a switch belongs to, -1: none.
+    ``loss`` [S, W]: how much more the loss is with this switch alone at this width, all others at the largest.
+    ``costs`` name -> [S, W], of each switch; ``fixed`` name -> the rest of the model with all blocks;
+    ``per_block`` name -> [B], what goes with a block besides its switches. ``depths``: set of blocks left out -> how
+    much more the loss is with all switches at the largest width.
+    """
+
+    bits: tuple[int, ...]
+    names: tuple[str, ...]
+    blocks: tuple[int, ...]
+    loss: Array
+    costs: Mapping[str, Array]
+    fixed: Mapping[str, float]
+    per_block: Mapping[str, Array]
+    depths: Mapping[tuple[int, ...], float]
+
+    def rest(self, cost: str, left_out: tuple[int, ...]) -> float:
+        """What everything but the switches costs."""
+        return float(self.fixed[cost] - self.per_block[cost][list(left_out)].sum())
+
+    def there(self, left_out: tuple[int, ...]) -> NDArray[np.bool_]:
+        """[S]: the switches that are still part of the model."""
+        return ~np.isin(self.blocks, left_out) | (np.asarray(self.blocks) < 0)
+
+    def chosen(self, member: Member) -> Array:
+        """[S, W] of 0 and 1; rows of switches in left-out blocks are 0."""
+        picked = np.asarray(member.bits)[:, None] == np.asarray(self.bits)[None, :]
+        return picked * self.there(member.left_out)[:, None].astype(np.float64)
+
+    def cost(self, cost: str, member: Member) -> float:
+        return self.rest(cost, member.left_out) + float((self.chosen(member) * self.costs[cost]).sum())
+
+    def expected(self, member: Member) -> float:
+        """The loss above that of the largest member, were all changes independent."""
+        return self.depths[member.left_out] + float((self.chosen(member) * self.loss).sum())
+
+
+def smallest(tables: Tables, cost: str = "bytes") -> float:
+    """The least that any member costs."""
+    each = tables.costs[cost].min(axis=1)
+    return min(tables.rest(cost, d) + float(each[tables.there(d)].sum()) for d in tables.depths)
+
+
+def best(tables: Tables, budgets: Mapping[str, float], count: int = 1) -> list[Member]:
+    """The ``count`` members of least expected loss that keep every budget (cost -> at most), best first; fewer where
+    there are no more. ConfigError where a budget is below what the smallest member costs, which it names."""
+    check_budgets(tables, budgets)
+    forbidden: dict[tuple[int, ...], list[Array]] = {d: [] for d in tables.depths}
+    open_: dict[tuple[int, ...], Member | None] = {d: _solve(tables, budgets, d, []) for d in tables.depths}
+    found: list[Member] = []
+    while len(found) < count:
+        candidates = [m for m in open_.values() if m is not None]
+        if not candidates:
+            break
+        winner = min(candidates, key=tables.expected)
+        found.append(winner)
+        forbidden[winner.left_out].append(tables.chosen(winner))
+        open_[winner.left_out] = _solve(tables, budgets, winner.left_out, forbidden[winner.left_out])
+    return found
+
+
+def check_budgets(tables: Tables, budgets: Mapping[str, float]) -> None:
+    """ConfigError for a cost that is not in the tables, and for a budget that no member keeps."""
+    for cost, most in budgets.items():
+        if cost not in tables.costs:
+            raise ConfigError(f"there is no table of {cost!r}", do=f"budgets are of {', '.join(tables.costs)}")
+        refuse_below(most, smallest(tables, cost), cost)
+
+
+def refuse_below(most: float, least: float, cost: str = "bytes") -> None:
+    """ConfigError where a budget is below what the smallest member costs; it names that."""
+    if most < least:
+        size, unit = UNITS[cost] if least >= UNITS[cost][0] / 10 else (1.0, cost)
+        what = f"a budget of {most / size:.2f} {unit} is below the smallest model, {least / size:.2f} {unit}"
+        do = f"ask for at least {np.ceil(100 * least / size) / 100:.2f} {unit}, allow narrower widths (--bits), "
+        raise ConfigError(what, where="budget", do=do + "or more blocks to be left out (--leave-out)")
+
+
+def _solve(
+    tables: Tables, budgets: Mapping[str, float], left_out: tuple[int, ...], forbidden: list[Array]
+) -> Member | None:
+    """The best member of one depth, or None. ``forbidden``: members found before."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    there = tables.there(left_out)
+    rows, width = int(there.sum()), len(tables.bits)
+    limits = {cost: most - tables.rest(cost, left_out) for cost, most in budgets.items()}
+    if not rows and not forbidden and all(room >= 0 for room in limits.values()):
+        return Member((tables.bits[-1],) * len(there), left_out)
+    if not rows or any(room < tables.costs[cost][there].min(axis=1).sum() for cost, room in limits.items()):
+        return None
+    limited = [LinearConstraint(np.kron(np.eye(rows), np.ones(width)), 1, 1)]
+    for cost, room in limits.items():
+        size = max(float(tables.costs[cost].max()), 1e-30)  # near 1: the solver's tolerances are absolute
+        limited.append(LinearConstraint(tables.costs[cost][there].reshape(1, -1) / size, -np.inf, room / size))
+    loss = tables.loss[there].reshape(-1)
+    loss = loss / max(float(np.abs(loss).max()), 1e-30)
+    banned = list(forbidden)
+    while True:
+        cuts = [LinearConstraint(old[there].reshape(1, -1), -np.inf, rows - 1) for old in banned]
+        found = milp(
+            loss, integrality=np.ones(rows * width), bounds=Bounds(0, 1), constraints=[*limited, *cuts],
+            options={"mip_rel_gap": 0.0},
+        )  # fmt: skip
+        if found.x is None:
+            return None
+        bits = np.full(len(there), tables.bits[-1])  # switches that are gone stand at the largest width
+        bits[there] = np.asarray(tables.bits)[found.x.reshape(rows, width).argmax(axis=1)]
+        member = Member(tuple(int(b) for b in bits), left_out)
+        if all(tables.cost(cost, member) <= most for cost, most in budgets.items()):
+            return member
+        banned.append(tables.chosen(member))  # over a budget by less than the solver's tolerance

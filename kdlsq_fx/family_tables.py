@@ -1,0 +1,263 @@
+"""What a family's search knows: measured losses of one change at a time, and costs. Nothing is trained.
+
+Every measurement is kept in one JSON as soon as it is there, so that a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from .errors import CheckpointError
+from .family import Family, Member, without
+from .family_search import Array, Tables
+from .files import WEIGHTS, read_json, write_json
+from .graph import op_label, site_of
+from .op import op_of, tensor_args
+from .ops.qdq import torch_container
+from .packing import pack
+from .taps import shape_of
+from .watching import progress
+
+BEAM = 3  # sets of blocks that one more block is added to
+KEEP_SECONDS = 20.0
+PRODUCTS = ("matmul", "bmm", "baddbmm")
+
+
+def output_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """How far outputs (rows, classes) are from the teacher's: mean KL(teacher || student) in nats; the mean squared
+    difference where there is one output."""
+    a, b = student.double(), teacher.double()
+    if a.shape[-1] == 1:
+        return (a - b).square().mean()
+    p, q = a.log_softmax(-1), b.log_softmax(-1)
+    return (q.exp() * (q - p)).sum(-1).mean()
+
+
+@torch.no_grad()
+def losses_of(family: Family, member: Member, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means over the rows of ``batches``: ``loss``, its parts, and ``output``, :func:`output_distance`."""
+    family.eval()
+    total: dict[str, float] = {}
+    rows = 0
+    with family.at(member) as kd:
+        for batch in batches:
+            size = next(iter(batch.values())).shape[0]
+            found = kd(**batch)
+            values = {"loss": found.loss, **found.parts}
+            wanted = family.remembered.wanted(batch, batch).outputs.get("logits")
+            if wanted is not None and "logits" in found and wanted.dim() == 2:
+                values["output"] = output_distance(found["logits"], wanted)
+            for name, value in values.items():
+                total[name] = total.get(name, 0.0) + float(value) * size
+            rows += size
+    return {name: value / rows for name, value in total.items()}
+
+
+class Losses:
+    """Measurements of a family on one set of batches, kept in a JSON file. Keys name what differs from the largest
+    member: ``""``, ``"bert.pooler.dense.weight=2"``, ``"-3,5"``."""
+
+    def __init__(self, family: Family, batches: Sequence[dict[str, Any]], path: Path) -> None:
+        self.family, self.batches, self.path = family, batches, path
+        self.found: dict[str, dict[str, float]] = read_json(path)["losses"] if path.exists() else {}
+        self.saved = time.monotonic()
+        family.remembered.forget(keep=len(batches))
+
+    def of(self, key: str, member: Member) -> dict[str, float]:
+        if key not in self.found:
+            self.found[key] = losses_of(self.family, member, self.batches)
+            if time.monotonic() - self.saved > KEEP_SECONDS:
+                self.save()
+        return self.found[key]
+
+    def save(self) -> None:
+        write_json(self.path, {"format": 1, "rows": self.rows, "losses": self.found})
+        self.saved = time.monotonic()
+
+    @property
+    def rows(self) -> int:
+        return sum(next(iter(b.values())).shape[0] for b in self.batches)
+
+    def __enter__(self) -> Losses:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """What was measured is kept, whatever ended the measuring."""
+        self.save()
+        self.family.remembered.forget()
+
+
+def measure_losses(losses: Losses, term: str) -> tuple[Array, dict[tuple[int, ...], float]]:
+    """(:attr:`Tables.loss`, :attr:`Tables.depths`) in units of ``term``; every measurement that is missing is made."""
+    family = losses.family
+    largest, bits = family.largest, family.bits
+    base = losses.of("", largest)[term]
+    table = np.zeros((len(family.switches), len(bits)))
+    plan = [(i, k) for i in range(len(family.switches)) for k in range(len(bits) - 1)]
+    with progress("one switch at a time", len(plan), 0) as bar:
+        for i, k in plan:
+            key = f"{family.switches[i].name}={bits[k]}"
+            table[i, k] = losses.of(key, replace(largest, bits=_with(largest.bits, i, bits[k])))[term] - base
+            bar.update(1)
+    return table, {d: v - base for d, v in _depths(losses, term)}
+
+
+def _with(bits: tuple[int, ...], at: int, value: int) -> tuple[int, ...]:
+    return (*bits[:at], value, *bits[at + 1 :])
+
+
+def _depths(losses: Losses, term: str) -> Iterator[tuple[tuple[int, ...], float]]:
+    """Sets of blocks to leave out, with their losses: none, each one that can go, and from two on those that add a
+    block to one of the BEAM best sets of one fewer."""
+    family = losses.family
+    yield (), losses.of("", family.largest)[term]
+    able = family.removable
+    level: list[tuple[int, ...]] = [()]
+    for _ in range(family.most_left_out):
+        sets = sorted({tuple(sorted({*s, b})) for s in level for b in able if b not in s})
+        scored = {}
+        with progress("blocks left out", len(sets), 0) as bar:
+            for one in sets:
+                key = "-" + ",".join(map(str, one))
+                scored[one] = losses.of(key, replace(family.largest, left_out=one))[term]
+                bar.update(1)
+        yield from scored.items()
+        level = sorted(scored, key=scored.__getitem__)[:BEAM]
+
+
+# --- costs
+
+
+def packed_bytes(family: Family, switch: int, bits: int) -> int:
+    """Bytes of a switch's codes in ``model.safetensors``, as really packed, with their row in the header."""
+    lsq = family.quantizer(switch, bits)
+    codes = lsq.codes(family.weight(switch)).to(torch_container(lsq.qmin, lsq.qmax)).cpu().numpy()
+    dense = pack(codes)
+    if dense is None:
+        return int(codes.nbytes)
+    row = json.dumps({f"{family.switches[switch].name}_codes": dense[1]})
+    return int(dense[0].nbytes) + len(json.dumps(row))  # text within the header's text: its quotes are escaped
+
+
+def size_table(family: Family) -> Array:
+    """[S, W] bytes; see :func:`packed_bytes`."""
+    return np.array([[packed_bytes(family, i, b) for b in family.bits] for i in range(len(family.switches))], float)
+
+
+def stored_bytes(family: Family, folder: Path) -> tuple[float, Array]:
+    """(all but the switches, [B] what goes with each block besides its switches), from the ``int/`` folder of the
+    largest member. A tensor belongs to a block where its name begins as all of the block's own parameters do."""
+    from safetensors import safe_open
+
+    path = folder / WEIGHTS
+    codes = {f"{s.name}_codes" for s in family.switches}
+    sizes: dict[str, int] = {}
+    with safe_open(path, framework="np") as file:
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            sizes[name] = int(file.get_tensor(name).nbytes)
+    missing = sorted(codes - sizes.keys())
+    if missing:
+        raise CheckpointError("the codes of a switch are not there", where=f"{path}: {missing[0]}", do="report this")
+    largest = len(family.bits) - 1
+    table = size_table(family)[:, largest].sum()
+    blocks = np.zeros(family.blocks)
+    for i, stem in enumerate(_stems(family)):
+        blocks[i] = sum(size for name, size in sizes.items() if stem and name.startswith(stem) and name not in codes)
+    return float(path.stat().st_size - table), blocks
+
+
+def _stems(family: Family) -> list[str]:
+    """For each block the dotted path under which all its own parameters stand; "" where there is none of its own."""
+    found = []
+    for own in family.own:
+        parts = [name.split(".")[:-1] for name in own or ()]
+        shared = [names[0] for names in zip(*parts) if len(set(names)) == 1]
+        found.append(".".join(shared) + "." if shared and any(p.isdigit() for p in shared) else "")
+    return [stem if found.count(stem) == 1 else "" for stem in found]
+
+
+def bit_operations(family: Family, length: int) -> tuple[Array, float, Array]:
+    """(by switch and width [S, W], the rest, the rest of each block [B]) for one text of so many tokens: multiply-adds
+    times the bits of both factors. Look-ups count as none, float operands as 32 bits."""
+    gm = family.student.gm
+    nodes = {site_of(n): n for n in gm.graph.nodes if op_of(n) is not None}
+    table = np.zeros((len(family.switches), len(family.bits)))
+    for i, switch in enumerate(family.switches):
+        for site, op, rule in switch.readers:
+            if op == "embedding":
+                continue
+            rows = length if len(shape_of(nodes[site])) > 2 else 1  # a pooler reads one token
+            act = rule.act.bits if rule.act is not None else 32
+            table[i] += rows * family.weight(i).numel() * act * np.asarray(family.bits)
+    each = {site: _product(family, n, length) for site, n in nodes.items() if op_label(n) in PRODUCTS}
+    blocks = np.zeros(family.blocks)
+    for block in family.removable:
+        there = {site_of(n) for n in without(gm, (block,)).graph.nodes}
+        blocks[block] = sum(v for site, v in each.items() if site not in there)
+    return table, sum(each.values()), blocks
+
+
+def _product(family: Family, node: fx.Node, length: int) -> float:
+    """Bit operations of a product of two activations."""
+    rule = family.student.qconfig.find(site_of(node), op_label(node))
+    bits = rule.act.bits if rule is not None and rule.act is not None else 32
+    out, left = (_sizes(n, length) for n in (node, tensor_args(node)[0]))
+    return float(np.prod(out[1:])) * left[-1] * bits**2 if out and left else 0.0
+
+
+def _sizes(node: fx.Node, length: int) -> list[int]:
+    """Sizes of a value for one text of so many tokens: what varies is the batch in front and the length behind."""
+    return [s if s is not None else length if i else 1 for i, s in enumerate(shape_of(node))]
+
+
+def latency(family: Family, run_ms: Callable[[Member], float]) -> tuple[float, Array]:
+    """(milliseconds of the largest member, [B] less without each block). Narrow weights run at the speed of int8, so
+    widths do not count; blocks of equal work are measured once. ``run_ms`` converts, runs and times a member."""
+    whole = run_ms(family.largest)
+    work, _, rest = bit_operations(family, 128)
+    owner = np.array([-1 if s.block is None else s.block for s in family.switches])
+    known: dict[float, float] = {}
+    blocks = np.zeros(family.blocks)
+    for block in family.removable if family.most_left_out else []:
+        size = float(work[owner == block, -1].sum() + rest[block])
+        if size not in known:
+            known[size] = max(whole - run_ms(replace(family.largest, left_out=(block,))), 0.0)
+        blocks[block] = known[size]
+    return whole, blocks
+
+
+def lower_bound(family: Family, fixed: float, per_block: Array) -> float:
+    """The smallest size in bytes of any member."""
+    table = size_table(family).min(axis=1)
+    owner = np.array([-1 if s.block is None else s.block for s in family.switches])
+    able = family.removable
+    sets = [s for n in range(family.most_left_out + 1) for s in combinations(able, n)]
+    return min(fixed + float(table[~np.isin(owner, s)].sum()) - float(per_block[list(s)].sum()) for s in sets)
+
+
+def make_tables(
+    losses: Losses, *, term: str, folder: Path, ms: tuple[float, Array] | None, length: int = 128
+) -> Tables:
+    """All tables; ``folder``: the ``int/`` folder of the largest member. ``ms``: what :func:`latency` gave, or None."""
+    family = losses.family
+    loss, depths = measure_losses(losses, term)
+    fixed, blocks = stored_bytes(family, folder)
+    work, rest, rest_of_blocks = bit_operations(family, length)
+    costs = {"bytes": size_table(family), "bitops": work}
+    base = {"bytes": fixed, "bitops": rest}
+    per_block = {"bytes": blocks, "bitops": rest_of_blocks}
+    if ms is not None:
+        costs["ms"], base["ms"], per_block["ms"] = np.zeros_like(loss), ms[0], ms[1]
+    owner = tuple(-1 if s.block is None else s.block for s in family.switches)
+    names = tuple(s.name for s in family.switches)
+    return Tables(family.bits, names, owner, loss, costs, base, per_block, depths)

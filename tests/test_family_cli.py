@@ -1,0 +1,143 @@
+"""``kdlsq-fx family`` on a tiny model and data set."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_glue import write_model, write_sst
+
+import kdlsq_fx as kq
+from kdlsq_fx import data, family_job, opening
+from kdlsq_fx.cli import main
+from kdlsq_fx.errors import ConfigError
+
+QUICK = ["--steps", "12", "--lr", "1e-3", "--batch-size", "16", "--held-out", "30", "--calibration", "16"]
+QUICK += ["--bits", "2,4,8", "--leave-out", "1", "--candidates", "2"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[str]]:
+    """A finished run, its arguments, and its budgets: somewhat above the smallest size, which an error named."""
+    folder = tmp_path_factory.mktemp("family")
+    write_sst(folder / "sst2", train=120)
+    write_model(folder / "bert")
+    out = folder / "out"
+    argv = ["family", str(folder / "bert"), "--data", str(folder / "sst2"), *QUICK, "--out", str(out)]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert main([*argv, "--budget", "1KiB"]) == 1
+    assert "below the smallest model" in said.getvalue() and not list(out.rglob("log.tsv"))
+    (least,) = re.findall(r"ask for at least ([0-9.]+) bytes", said.getvalue())
+    budgets = [str(int(float(least) * share)) for share in (1.05, 1.3)]
+    assert main([*argv, "--budget", ",".join(budgets)]) == 0
+    return out / "members", argv, budgets
+
+
+def test_each_budget_has_a_model_within_it(made: tuple[Path, list[str], list[str]]) -> None:
+    out, _, budgets = made
+    table = json.loads((out / "table.json").read_text())
+    assert [m["name"] for m in table["members"]] == budgets
+    for row in table["members"]:
+        size = (out / row["name"] / "int" / "model.safetensors").stat().st_size
+        assert size == row["size"] <= row["expected"] + 8 <= row["budget"] + 8
+    for name in ("table.md", "pareto.svg", "sensitivity.md", "sensitivity.svg", "losses.json"):
+        assert (out / name).stat().st_size > 200
+
+
+def test_the_rules_of_a_member_make_its_graph(made: tuple[Path, list[str], list[str]]) -> None:
+    out, _, budgets = made
+    batch = {"input_ids": torch.tensor([[2, 7, 9, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    for name in budgets:
+        qat = kq.from_pretrained(out / name / "qat")
+        model = opening.open_hub_model(str(out.parent.parent / "bert"))
+        again = kq.prepare_qat(model, out / name / "rules.json")
+        again.gm.load_state_dict(qat.gm.state_dict())
+        want = qat(**batch).logits
+        assert torch.equal(again.eval()(**batch).logits, want)
+        torch.testing.assert_close(kq.from_pretrained(out / name / "int")(**batch).logits, want, rtol=0, atol=1e-3)
+
+
+def test_another_budget_needs_no_more_training(made: tuple[Path, list[str], list[str]], capsys: Any) -> None:
+    out, argv, _ = made
+    before = (out / "family" / "model.safetensors").stat().st_mtime_ns
+    losses = (out / "losses.json").read_bytes()
+    assert main([*argv, "--budget", "34KiB", "--latency", "1000"]) == 0
+    assert "34KiB" in capsys.readouterr().out
+    assert (out / "family" / "model.safetensors").stat().st_mtime_ns == before
+    assert (out / "losses.json").read_bytes() == losses
+    assert main([*argv, "--budget", "34KiB", "--lr", "5"]) == 1
+    assert "another plan" in capsys.readouterr().err
+
+
+def test_sensitivity_trains_nothing(made: tuple[Path, list[str], list[str]], capsys: Any, tmp_path: Path) -> None:
+    _, argv, _ = made
+    argv = [*argv[: argv.index("--out")], "--out", str(tmp_path)]
+    assert main([*argv, "--sensitivity"]) == 0
+    said = capsys.readouterr().out
+    assert "| bert.pooler.dense.weight | 256 |" in said and "2 bits" in said
+    found = json.loads((tmp_path / "sensitivity" / "sensitivity.json").read_text())
+    assert len(found["weights"]) == 2 + 2 * 6 + 1 and not (tmp_path / "sensitivity" / "family" / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--budget", "4bananas"], "is no size"),
+        ([], "--sensitivity only to look"),
+        (["--budget", "30KiB", "--bits", "two"], "names no widths"),
+        (["--budget", "30KiB", "--held-out", "90"], "cannot be held out"),
+    ],
+)
+def test_wrong_options_are_said_before_training(
+    made: tuple[Path, list[str], list[str]], tmp_path: Path, capsys: Any, more: list[str], says: str
+) -> None:
+    _, argv, _ = made
+    argv = [*argv[: argv.index("--out")], "--out", str(tmp_path), *more]
+    assert main(argv) == 1
+    assert says in capsys.readouterr().err and not list(tmp_path.rglob("log.tsv"))
+
+
+def test_ctrl_c_loses_nothing(made: tuple[Path, list[str], list[str]], tmp_path: Path, monkeypatch: Any) -> None:
+    """Stopped while it measures, a run goes on with what was measured."""
+    out, _, _ = made
+    folder = out.parent.parent
+    tokenizer = opening.load_tokenizer(str(folder / "bert"))
+    dataset, held = data.held_out(data.load(folder / "sst2", tokenizer), 30, seed=42)
+    start = opening.load_classifier(str(folder / "bert"), dataset.task, seed=42)
+    task = family_job.Job(start, dataset, held, family_job.Plan(steps=0, calibration=16, bits=(2, 8)), tmp_path)
+    task.train()
+    from kdlsq_fx import family_tables
+
+    real, calls = family_tables.losses_of, []
+
+    def stopped(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(family_tables, "losses_of", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        task.tables()
+    assert len(json.loads((tmp_path / "losses.json").read_text())["losses"]) == 7
+    monkeypatch.undo()
+    tables = task.tables()
+    assert tables.loss.shape == (len(task.family.switches), 2) and not tables.loss[:, -1].any()
+
+
+@pytest.mark.parametrize(("text", "size"), [("6MiB", 6 * 2**20), ("1.5 MB", 1_500_000), ("900", 900), ("2kib", 2048)])
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert family_job.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "6 MiBs", "0MiB", "-1MiB"])
+def test_other_sizes_are_errors(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no size"):
+        family_job.parse_size(text)

@@ -1,0 +1,93 @@
+"""The exact search of a family, against enumeration of every member of tiny tables."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kdlsq_fx.errors import ConfigError
+from kdlsq_fx.family import Member
+from kdlsq_fx.family_search import Tables, best, smallest
+
+
+def tables(seed: int, *, switches: int = 4, widths: tuple[int, ...] = (2, 4, 8), blocks: int = 2) -> Tables:
+    rng = np.random.default_rng(seed)
+    owner = tuple(int(b) for b in rng.integers(-1, blocks, switches))
+    loss = rng.random((switches, len(widths))) - 0.1
+    loss[:, -1] = 0.0
+    sizes = rng.integers(1, 50, switches)[:, None] * np.array(widths, float)
+    depths = {(): 0.0, (0,): 0.3 * rng.random(), (0, 1): 1.0}
+    costs = {"bytes": sizes, "ms": np.zeros_like(sizes)}
+    per_block = {"bytes": rng.random(blocks) * 5, "ms": np.array([1.0, 2.0])}
+    fixed = {"bytes": 20.0, "ms": 7.0}
+    return Tables(widths, tuple(map(str, range(switches))), owner, loss, costs, fixed, per_block, depths)
+
+
+def enumerated(t: Tables, budgets: dict[str, float]) -> list[tuple[float, Member]]:
+    """Every member that keeps the budgets, written as plain loops; switches that are gone stand at the largest."""
+    found = []
+    for gone, base in t.depths.items():
+        here = [i for i, b in enumerate(t.blocks) if b not in gone or b < 0]
+        for pick in itertools.product(range(len(t.bits)), repeat=len(here)):
+            loss, cost = base, {c: t.fixed[c] - sum(t.per_block[c][b] for b in gone) for c in budgets}
+            bits = [t.bits[-1]] * len(t.names)
+            for i, k in zip(here, pick):
+                loss += t.loss[i][k]
+                bits[i] = t.bits[k]
+                for c in budgets:
+                    cost[c] += t.costs[c][i][k]
+            if all(cost[c] <= most for c, most in budgets.items()):
+                found.append((float(loss), Member(tuple(bits), gone)))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 10**6), share=st.floats(0.05, 1.0))
+def test_the_best_few_are_those_that_enumeration_finds(seed: int, share: float) -> None:
+    t = tables(seed)
+    everything = enumerated(t, {"bytes": np.inf})
+    sizes = [t.cost("bytes", m) for _, m in everything]
+    budget = min(sizes) + share * (max(sizes) - min(sizes))
+    want = enumerated(t, {"bytes": budget})
+    found = best(t, {"bytes": budget}, 5)
+    assert len(found) == min(5, len(want)) == len(set(found))
+    np.testing.assert_allclose([t.expected(m) for m in found], [loss for loss, _ in want[: len(found)]], atol=1e-9)
+    assert all(t.cost("bytes", m) <= budget for m in found)
+    assert smallest(t) == pytest.approx(min(sizes))
+
+
+def test_a_latency_budget_acts_through_the_blocks() -> None:
+    t = tables(3)
+    assert best(t, {"bytes": 1e9, "ms": 5.0})[0].left_out == (0, 1)  # 7 - 1 - 2 is the first at or below 5
+    assert {m.left_out for m in best(t, {"ms": 6.0}, 4)} <= {(0,), (0, 1)}
+
+
+@pytest.mark.parametrize(("budgets", "says"), [({"bytes": 1.0}, "below the smallest"), ({"watts": 1.0}, "no table")])
+def test_what_cannot_be_kept_is_an_error(budgets: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        best(tables(1), budgets)
+
+
+def test_a_budget_is_kept_to_the_byte() -> None:
+    """The solver's tolerance is wider than a byte of a table of millions."""
+    sizes = np.array([[3e6 + 1, 1.2e7], [7.0, 8.0]])
+    t = Tables((2, 8), ("a", "b"), (-1, -1), np.array([[1.0, 0.0], [1.0, 0.0]]), {"bytes": sizes}, {"bytes": 0.0},
+               {"bytes": np.zeros(0)}, {(): 0.0})  # fmt: skip
+    assert best(t, {"bytes": 1.2e7 + 8})[0].bits == (8, 8)
+    assert best(t, {"bytes": 1.2e7 + 7})[0].bits == (8, 2)
+    assert best(t, {"bytes": 1.2e7 + 6})[0].bits == (2, 8)
+
+
+def test_the_error_names_the_smallest_size() -> None:
+    t = tables(1)
+    big = Tables(t.bits, t.names, t.blocks, t.loss, {"bytes": t.costs["bytes"] * 2**20}, {"bytes": 0.0},
+                 {"bytes": np.zeros(2)}, {(): 0.0})  # fmt: skip
+    least = sum(min(row) for row in t.costs["bytes"])
+    with pytest.raises(ConfigError, match=f"{least:.2f} MiB"):
+        best(big, {"bytes": 2**20})
+    assert best(big, {"bytes": least * 2**20})[0].bits == (2,) * 4
