@@ -158,7 +158,7 @@ def speed(args: argparse.Namespace) -> None:
     out, base = args.runs / f"umls-s{args.seed}", args.runs / "speed"
     base.mkdir(parents=True, exist_ok=True)
     fp32 = out / "fp32" if (out / "fp32" / "model.safetensors").is_file() else Path(source)
-    model = opening.load_classifier(str(fp32), dataset.task, seed=args.seed).eval()
+    model = opening.load_task_model(str(fp32), dataset.task, seed=args.seed).eval()
     export_onnx(prepare_qat(model, "W8E8A8", fuel=0).eval(), base / "fp32.onnx")  # no quantizer: plain float ONNX
     trained = (out / "W8E8A8" / "qat" / INFO).is_file()
     settings = job.Settings(seed=args.seed)

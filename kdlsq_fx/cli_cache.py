@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kdlsq_fx.cli_parts import DATA_HELP, at_least, command, say
+from kdlsq_fx import cli_data
+from kdlsq_fx.cli_parts import at_least, command, positive, say
 from kdlsq_fx.errors import ConfigError
 
 LOSSES = ("kdlsq", "kdlsq-release", "ternarybert", "ternarybert-release", "hsk", "hsk-release")  # kd_named loads torch
@@ -17,14 +18,13 @@ FEATURES = ("magnitude", "magnitude-batch", "random", "uniform")
 def add(commands: Any) -> None:
     text = "run a teacher over a data set once and store what a student needs of it, to train without the teacher"
     p = command(commands, "cache", run, text)
-    p.add_argument("--data", required=True, help=DATA_HELP)
-    p.add_argument("--teacher", required=True, help="fine-tuned classifier: folder or hub name")
+    cli_data.add_options(p)
+    p.add_argument("--teacher", required=True, help="fine-tuned model of the task: folder or hub name")
     p.add_argument("--model", help="the student's folder or hub name (default: the teacher is its own student)")
     p.add_argument("--qconfig", default="W4E4A8", help="a preset of the student: its sites are what the cache is for")
     p.add_argument("--out", type=Path, default=Path("cache"), help="folder of the cache; a stopped run goes on in it")
     p.add_argument("--store", choices=("fp16", "fp32", "int8"), default="fp16", help="of hidden states and attention")
     p.add_argument("--batch-size", type=at_least(1), default=64, help="rows of a batch of the teacher")
-    p.add_argument("--max-length", type=at_least(4), help="tokens of a row, as in training")
     p.add_argument("--seed", type=at_least(0), default=42, help="of a new head of the student")
     add_loss(p, loss="hsk", compress="1l_10t_0.1h")
 
@@ -36,6 +36,8 @@ def add_loss(p: argparse.ArgumentParser, *, loss: str, compress: str | None) -> 
     p.add_argument("--compress", default=compress or "whole", help=text)
     p.add_argument("--tokens", choices=TOKENS, default="attention-no-sep", help="which tokens are kept")
     p.add_argument("--features", choices=FEATURES, default="magnitude", help="which features are kept")
+    text = "weight of start and end (--task squad); their mean over positions is small, KDLSQ's release takes 100"
+    p.add_argument("--span", type=positive, default=100.0, help=text)
     p.add_argument("--mask", choices=("teacher", "both"), default="teacher", help="on which side the others are 0")
 
 
@@ -49,11 +51,12 @@ def chosen_loss(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     """The keywords of ``distill`` that the options ask for."""
     from kdlsq_fx.compression import Compression
 
+    chosen = {"loss": args.loss} | ({"span": args.span} if args.task == cli_data.SQUAD else {})
     if args.compress == "whole":
-        return {"loss": args.loss}
+        return chosen
     more = {"tokens": args.tokens, "features": args.features, "mask": args.mask}
     compress = Compression.parse(args.compress, separator=tokenizer.sep_token_id, **more)
-    return {"loss": args.loss, "compress": compress}
+    return chosen | {"compress": compress}
 
 
 def recipe_of(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
@@ -71,7 +74,7 @@ def recipe_of(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from kdlsq_fx import data, opening
+    from kdlsq_fx import opening
     from kdlsq_fx.api import prepare_qat
     from kdlsq_fx.distillation import distill
     from kdlsq_fx.files import make_folder
@@ -80,14 +83,14 @@ def run(args: argparse.Namespace) -> int:
     make_folder(args.out)  # a wrong name is said before any work
     source = opening.model_source(args.teacher)
     tokenizer = opening.load_tokenizer(source)
-    dataset = data.load(args.data, tokenizer, max_length=args.max_length)
-    if not opening.is_classifier(source, dataset.task):
+    dataset, _, _ = cli_data.load(args, tokenizer)
+    if not opening.fits_task(source, dataset.task):
         do = "fine-tune one first: kdlsq-fx train leaves it in OUT/fp32"
-        raise ConfigError(f"the teacher is no classifier of {dataset.task.name}", where=source, do=do)
-    teacher = opening.load_classifier(source, dataset.task, seed=args.seed).eval()
+        raise ConfigError(f"the teacher is no model of {dataset.task.name}", where=source, do=do)
+    teacher = opening.load_task_model(source, dataset.task, seed=args.seed).eval()
     start = teacher
     if args.model:
-        start = opening.load_classifier(opening.model_source(args.model), dataset.task, seed=args.seed)
+        start = opening.load_task_model(opening.model_source(args.model), dataset.task, seed=args.seed)
     kd = distill(prepare_qat(start, args.qconfig), teacher, **chosen_loss(args, tokenizer))
     kd.to("cuda" if torch.cuda.is_available() else "cpu")
     say(f"{dataset.task.name}: {len(dataset.train)} rows of train\n{kd.report()}")

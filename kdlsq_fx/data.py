@@ -25,12 +25,14 @@ WINDOW = 50  # batches per length-sorting window: wide enough to waste almost no
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What a data set asks for. ``labels`` are the class names (empty: regression); ``metric`` names the headline
-    figure of metrics.py; ``max_length`` is in tokens, special ones included."""
+    figure of metrics.py; ``max_length`` is in tokens, special ones included. ``spans``: the model marks the first and
+    the last token of an answer, and ``labels`` are those two marks."""
 
     name: str
     metric: str
     max_length: int = 128
     labels: tuple[str, ...] = ("0", "1")
+    spans: bool = False
 
     @property
     def regression(self) -> bool:
@@ -38,7 +40,7 @@ class Task:
 
     @property
     def outputs(self) -> int:
-        """Width of the model's head: one per class, or 1 for regression."""
+        """Width of the model's head: one per class, 1 for regression, 2 for spans."""
         return max(len(self.labels), 1)
 
 

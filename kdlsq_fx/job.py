@@ -26,7 +26,7 @@ from kdlsq_fx import metrics, processes
 from kdlsq_fx.errors import ConfigError, InputError
 from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.files import INFO
-from kdlsq_fx.opening import is_classifier, load_classifier
+from kdlsq_fx.opening import fits_task, load_task_model
 from kdlsq_fx.qconfig import QConfig, QSpec
 from kdlsq_fx.train import Fit, Source, fit
 
@@ -67,8 +67,8 @@ def start_model(
     source: str, dataset: kd_data.Dataset, tokenizer: Any, *, out: Path, settings: Settings
 ) -> torch.nn.Module:
     """Where students start from: the classifier that was given, or the encoder fine-tuned on the data set."""
-    if is_classifier(source, dataset.task):
-        return load_classifier(source, dataset.task, seed=settings.seed).eval()
+    if fits_task(source, dataset.task):
+        return load_task_model(source, dataset.task, seed=settings.seed).eval()
     return fine_tune(source, dataset, tokenizer, out=out, settings=settings)
 
 
@@ -78,8 +78,8 @@ def fine_tune(
     """The fp32 model of the task: loaded from ``out/fp32`` where it is finished, else trained and saved there."""
     folder = out / "fp32"
     if (folder / "model.safetensors").is_file():
-        return load_classifier(str(folder), dataset.task, seed=settings.seed).eval()
-    model = load_classifier(source, dataset.task, seed=settings.seed).to(dataset.device)
+        return load_task_model(str(folder), dataset.task, seed=settings.seed).eval()
+    model = load_task_model(source, dataset.task, seed=settings.seed).to(dataset.device)
     fit(model, dataset.train, out_dir=out / "fp32-run", title=f"fp32 {dataset.task.name}", **vars(settings))
     model.eval().cpu()
     if processes.first():
@@ -250,23 +250,25 @@ def on_device(model: Any, device: str) -> Iterator[None]:
 @dataclass(frozen=True)
 class Row:
     """One line of the table: a model on all of dev. ``scores`` in points (metrics.score); ``size`` in bytes, of the
-    weights; ``seconds`` for the whole split."""
+    weights; ``seconds`` for the whole split; ``predictions``: classes, scores, ranks or texts, by the task."""
 
     model: str
     preset: str
     scores: dict[str, float]
     size: int
     seconds: float
-    predictions: list[float]
-    labels: list[float]
+    predictions: list[Any]
+    labels: list[Any]
 
 
-def measure(name: str, preset: str, model: Any, dataset: kd_data.Dataset, *, size: int = 0) -> Row:
+def measure(
+    name: str, preset: str, model: Any, dataset: kd_data.Dataset, *, size: int = 0, batch_size: int = 64
+) -> Row:
     """Run a model over all of dev and score it."""
     labels = dataset.dev.labels if dataset.dev.labels is not None else np.zeros(0)
     began = time.monotonic()
     with on_device(model, dataset.device):
-        logits = evaluate(model, dataset.dev, title=f"eval {name}")
+        logits = evaluate(model, dataset.dev, batch_size=batch_size, title=f"eval {name}")
     seconds = time.monotonic() - began
     guess = metrics.predictions(dataset.task, logits)
     return Row(name, preset, metrics.score(dataset.task, guess, labels), size, seconds, guess.tolist(), labels.tolist())
@@ -319,10 +321,15 @@ def preset_rows(
         yield measure("ONNX", preset, path, dataset, size=weight_bytes(path))
 
 
+def figures(task: kd_data.Task) -> tuple[str, ...]:
+    """Names of the figures that a task's metric gives."""
+    return (*metrics.HEADLINES[task.metric], "headline")
+
+
 def table(task: kd_data.Task, rows: list[Row], names: tuple[str, ...] = ()) -> str:
     """Markdown, one line a model; figures in points with their standard errors; the share of rows predicted as the
     student of the same preset predicts them. ``names``: the figures (those of the task's metric)."""
-    names = names or (*metrics.HEADLINES[task.metric], "headline")
+    names = names or figures(task)
     lines = [
         f"| model | preset | {' | '.join(names)} | same as student | MB | s |",
         "|---" * (5 + len(names)) + "|",

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from kdlsq_fx.cli_parts import device_of, find_tokenizer, say
+from kdlsq_fx.cli_parts import say
 
 TASKS = ("kg-triples", "kg-links", "kg-relations")
 FORMS = {"ptq": "min-max PTQ", "qat": "student (qat)", "int": "integer", "onnx": "ONNX"}  # the rows of job.preset_rows
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
-    """Options of a task on a knowledge graph, for `train` and `eval`."""
-    p.add_argument("--task", choices=TASKS, help="of a knowledge graph: --data is then a folder in KG-BERT's layout")
+    """Options of a task on a knowledge graph, for every command that reads one."""
     p.add_argument("--long-texts", action="store_true", help="entity2textlong in place of entity2text (graphs)")
 
 
 def add_train_options(p: argparse.ArgumentParser) -> None:
-    add_options(p)
+    """Options of training on one."""
     p.add_argument("--negatives", type=int, help="false triples per true one (kg-triples: 1, kg-links: 5)")
     p.add_argument("--fresh-negatives", dest="fresh", action="store_true", help="draw them anew in every epoch")
     text = "models measured beside fp32 (all; kg-links: qat and onnx, for NumPy ranks slowly)"
@@ -33,34 +31,19 @@ def skipped(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def load(args: argparse.Namespace, tokenizer: Any, **fields: Any) -> tuple[Any, Any, tuple[str, ...]]:
-    """The data set of a graph's task that the options of `train` or `eval` name; what makes a row of its table; and the
-    names of its figures (none: those of its metric). ``fields``: of kg_job.KgDataset."""
+    """The data set of a graph's task that the options of a command name; what makes a row of its table; and the names
+    of its figures (none: those of its metric). A ranking that is stopped is kept in the output folder of `train`,
+    beside the file of `eval --out`. ``fields``: of kg_job.KgDataset."""
     from kdlsq_fx import kg_job
 
     names = ("max_length", "long_texts", "seed", "negatives", "fresh", "split")
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if args.command == "train":
         fields["states"] = args.out / "ranking"
+    if args.command == "eval":
+        fields["states"] = args.out.with_name(args.out.name + ".ranks") if args.out else None
+        fields["batch_size"] = args.batch_size
     found = kg_job.load(args.data, tokenizer, args.task, **options, **fields)
     for note in kg_job.notes(found):
         say(note)
     return found, kg_job.measure, kg_job.figures(args.task)
-
-
-def run_eval(args: argparse.Namespace) -> int:
-    """`eval --task`: the figures of one model; a ranking is kept beside ``--out`` and goes on when it was stopped."""
-    from kdlsq_fx import metrics, opening
-    from kdlsq_fx.files import write_json
-
-    tokenizer = opening.load_tokenizer(str(args.tokenizer or find_tokenizer(args.model)))
-    states = args.out.with_name(args.out.name + ".ranks") if args.out else None
-    dataset, measure, figures = load(
-        args, tokenizer, batch_size=args.batch_size, states=states, device=device_of(args.device)
-    )
-    model = opening.open_model(args.model, dataset.task, backend=args.backend)
-    row = measure(args.model.stem, "eval", model, dataset)
-    for name in figures or (*metrics.HEADLINES[dataset.task.metric], "headline"):
-        print(f"{name}\t{row.scores[name]:.2f} ± {row.scores[name + '_se']:.2f}")
-    if args.out:
-        write_json(Path(args.out), {"rows": len(dataset.dev), "scores": row.scores, "predictions": row.predictions})
-    return 0

@@ -40,13 +40,14 @@ def load_tokenizer(source: str) -> Any:
         ) from e
 
 
-def load_classifier(source: str, task: Task, *, seed: int, dropout: float | None = None) -> torch.nn.Module:
-    """A sequence classifier with as many outputs as the task has; a missing head is drawn with the seed."""
-    from transformers import AutoModelForSequenceClassification
+def load_task_model(source: str, task: Task, *, seed: int, dropout: float | None = None) -> torch.nn.Module:
+    """The encoder with the task's head: a sequence classifier with as many outputs as the task has, or a model that
+    marks spans; a missing head is drawn with the seed."""
+    import transformers
     from transformers.utils import logging
 
     names: dict[str, Any] = {"num_labels": task.outputs}
-    if not task.regression:
+    if not task.regression and not task.spans:
         names |= {"id2label": dict(enumerate(task.labels)), "label2id": {n: i for i, n in enumerate(task.labels)}}
     if dropout is not None:
         names |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -56,36 +57,47 @@ def load_classifier(source: str, task: Task, *, seed: int, dropout: float | None
     logging.set_verbosity_error()  # the load report about the new head is no news
     logging.disable_progress_bar()
     try:
-        return AutoModelForSequenceClassification.from_pretrained(source, **names)
+        return getattr(transformers, f"AutoModelFor{_head(task)}").from_pretrained(source, **names)
     except (OSError, ValueError, RuntimeError) as e:
-        raise ConfigError(f"no classifier there ({_short(e)})", where=source, do="give a Hugging Face encoder") from e
+        kind = "model" if task.spans else "classifier"
+        raise ConfigError(f"no {kind} there ({_short(e)})", where=source, do="give a Hugging Face encoder") from e
     finally:
         logging.set_verbosity(level)
 
 
-def is_classifier(source: str, task: Task) -> bool:
-    """Whether the folder or hub name already holds a sequence classifier of the task's width."""
-    return _classes(source) == task.outputs
+def fits_task(source: str, task: Task) -> bool:
+    """Whether the folder or hub name already holds a model with the task's head and width."""
+    kind, width = _found_head(source)
+    return kind == _head(task) and width == task.outputs
 
 
-def _classes(source: str) -> int:
-    """Outputs of the sequence classifier in a folder or hub name; 0 where it is none."""
+def _head(task: Task) -> str:
+    """What transformers calls the task's head."""
+    return "QuestionAnswering" if task.spans else "SequenceClassification"
+
+
+def _found_head(source: str) -> tuple[str, int]:
+    """The head of the model in a folder or hub name, of the kinds that tasks have here, and its outputs; ("", 0) for
+    one without."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as e:
         raise ConfigError(f"no model there ({_short(e)})", where=source, do="give a Hugging Face model folder") from e
-    named = any("SequenceClassification" in name for name in config.architectures or [])
-    return int(config.num_labels) if named else 0
+    kinds = ("QuestionAnswering", "SequenceClassification")
+    found = next((k for k in kinds for name in config.architectures or [] if k in name), "")
+    return found, int(config.num_labels) if found else 0
 
 
 def _check_head(source: str, task: Task) -> None:
-    """ConfigError for a classifier of another task: its head does not fit."""
-    found = _classes(source)
-    if found and found != task.outputs:
-        do = "give the encoder it was made from, or a classifier of this task"
-        raise ConfigError(f"a classifier with {found} outputs, {task.name} needs {task.outputs}", where=source, do=do)
+    """ConfigError for a model of another task: its head does not fit."""
+    kind, width = _found_head(source)
+    if kind and (kind, width) != (_head(task), task.outputs):
+        found = f"a classifier with {width} outputs" if kind == "SequenceClassification" else "a model that marks spans"
+        needs = "two marks a token" if task.spans else task.outputs
+        do = "give the encoder it was made from, or a model of this task"
+        raise ConfigError(f"{found}, {task.name} needs {needs}", where=source, do=do)
 
 
 def open_hub_model(source: str) -> torch.nn.Module:
@@ -109,11 +121,10 @@ def open_model(path: Path, task: Task, *, backend: str = "reference") -> Any:
         return path
     if (path / INFO).is_file():
         return from_pretrained(path, backend=backend)
-    if not is_classifier(str(path), task):
-        raise ConfigError(
-            f"no classifier with {task.outputs} outputs", where=str(path), do="fine-tune it: kdlsq-fx train"
-        )
-    return load_classifier(str(path), task, seed=0).eval()
+    if not fits_task(str(path), task):
+        kind = "model that marks spans" if task.spans else f"classifier with {task.outputs} outputs"
+        raise ConfigError(f"no {kind}", where=str(path), do="fine-tune it: kdlsq-fx train")
+    return load_task_model(str(path), task, seed=0).eval()
 
 
 def _short(e: BaseException) -> str:

@@ -110,7 +110,7 @@ def test_ctrl_c_loses_nothing(made: tuple[Path, list[str], list[str]], tmp_path:
     folder = out.parent.parent
     tokenizer = opening.load_tokenizer(str(folder / "bert"))
     dataset, held = data.held_out(data.load(folder / "sst2", tokenizer), 30, seed=42)
-    start = opening.load_classifier(str(folder / "bert"), dataset.task, seed=42)
+    start = opening.load_task_model(str(folder / "bert"), dataset.task, seed=42)
     task = family_job.Job(start, dataset, held, family_job.Plan(steps=0, calibration=16, bits=(2, 8)), tmp_path)
     task.train()
     from kdlsq_fx import family_tables

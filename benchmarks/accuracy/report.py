@@ -34,7 +34,8 @@ Key = tuple[str, str, int, int]  # task, row, bits, seed
 def write(folder: Path) -> None:
     """The page and the pictures. ``folder``: where the task folders are."""
     runs = {(r["task"], r["row"], r["bits"], r["seed"]): r for r in _read() if not r["swept"]}
-    labels = {task: _labels(folder, task) for task in sorted({k[0] for k in runs})}
+    labels = {task: _labels(folder, task) for task in sorted({k[0] for k in runs} - {"squad"})}
+    labels |= {k[0]: np.zeros(len(r["predictions"])) for k, r in runs.items() if k[0] == "squad"}
     text = [
         "# KDLSQ, LSQ, Q8BERT and TernaryBERT on MiniLM",
         "",
@@ -54,6 +55,11 @@ def _read() -> list[dict[str, Any]]:
     for path in sorted(run.RESULTS.glob("*.json")):
         found.append(json.loads(path.read_text(encoding="utf-8")) | {"swept": "-lr" in path.stem})
     return found
+
+
+def _headline(task: str) -> metrics.Metric:
+    """Of SQuAD the mean: its predictions are kept as the questions' F1, and need no labels."""
+    return (lambda guess, _: float(guess.mean())) if task == "squad" else metrics.headline(data.GLUE[task])
 
 
 def _labels(folder: Path, task: str) -> np.ndarray:
@@ -93,7 +99,8 @@ def _cell(found: list[dict[str, Any]]) -> str:
         return "–"
     error = np.mean([r["score"]["headline_se"] for r in found])  # the same rows of dev: seeds do not shrink it
     few = "" if len(found) == len(run.SEEDS) else f" ({len(found)})"
-    return f"{np.mean([r['score']['headline'] for r in found]):.1f} ± {error:.1f}{few}"
+    match = f", EM {np.mean([r['score']['EM'] for r in found]):.1f}" if "EM" in found[0]["score"] else ""
+    return f"{np.mean([r['score']['headline'] for r in found]):.1f} ± {error:.1f}{match}{few}"
 
 
 def _difference(
@@ -105,7 +112,7 @@ def _difference(
     points, draws = [], []
     for task in tasks:
         guesses = ([np.array(runs[task, *x, s]["predictions"]) for s in seeds] for x in (a, b))
-        gap = functools.partial(_gap, data.GLUE[task], labels[task], *guesses)
+        gap = functools.partial(_gap, task, labels[task], *guesses)
         count, rng = len(labels[task]), np.random.default_rng(0)
         points.append(gap(np.arange(count), np.arange(len(seeds))))
         drawn = ((rng.integers(count, size=count), rng.integers(len(seeds), size=len(seeds))) for _ in range(DRAWS))
@@ -115,10 +122,10 @@ def _difference(
 
 
 def _gap(
-    task: data.Task, truth: np.ndarray, a: list[np.ndarray], b: list[np.ndarray], rows: np.ndarray, seeds: np.ndarray
+    task: str, truth: np.ndarray, a: list[np.ndarray], b: list[np.ndarray], rows: np.ndarray, seeds: np.ndarray
 ) -> float:
     """Points of ``a`` less points of ``b`` on these rows, the mean over these seeds."""
-    of = metrics.headline(task)
+    of = _headline(task)
     return float(np.mean([100 * (of(a[s][rows], truth[rows]) - of(b[s][rows], truth[rows])) for s in seeds]))
 
 

@@ -12,8 +12,10 @@ from common import POINTS, curve
 from torch import nn
 
 import kdlsq_fx as kq
-from kdlsq_fx import data, job, metrics, opening, rows
-from kdlsq_fx.evaluation import evaluate
+from kdlsq_fx import data, job, metrics, opening, rows, squad_job
+from kdlsq_fx.evaluation import evaluate, evaluate_tokens
+from kdlsq_fx.squad_answers import texts_of
+from kdlsq_fx.squad_metrics import per_question, squad_scores
 from kdlsq_fx.train import fit
 
 
@@ -52,12 +54,16 @@ FP32: dict[str, dict[str, Any]] = {
     "cola": {"epochs": 4, "lr": 5e-5, "batch_size": 32},
     "stsb": {"epochs": 4, "lr": 1e-4, "batch_size": 32},
     "qnli": {"epochs": 2, "lr": 5e-5, "batch_size": 32},
+    "squad": {"epochs": 2, "lr": 5e-5, "batch_size": 32},
 }
 TASKS = tuple(FP32)
+SPAN = 100.0  # weight of start and end among the teacher's terms: KDLSQ's release, against their mean over positions
 
 
 def load(folder: Path, task: str, tokenizer: Any, device: str) -> data.Dataset:
     """Train and dev of a task, dev never trained on. QNLI's train is the derived one, which has its own file name."""
+    if task == "squad":
+        return squad_job.load(folder / task, tokenizer, device=device)
     if task != "qnli":
         return replace(data.load(folder / task, tokenizer), device=device)
     kind = data.GLUE["qnli"]
@@ -85,7 +91,8 @@ def train_row(
     for module in qat.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # the teacher has none, and its values are the target
-    loop = kq.distill(qat, teacher, gold=float(row.gold)) if row.teacher else qat
+    more = {"span": SPAN} if dataset.task.spans else {}
+    loop = kq.distill(qat, teacher, gold=float(row.gold), **more) if row.teacher else qat
     loop.to(dataset.device)
     curves = Curves(qat, dataset, steps, watch)
     fit(
@@ -122,18 +129,30 @@ class Curves:
 
 
 def score(model: Any, dataset: data.Dataset) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    """GLUE's metrics on all of dev, the predictions, and the logits."""
+    """The task's metrics on all of dev, the predictions (of SQuAD each question's F1, 0 to 1), and the logits."""
+    if dataset.task.spans:
+        logits = evaluate_tokens(model, dataset.dev, batch_size=64)
+        figures = per_question(texts_of(dataset.dev, logits), [q.answers for q in dataset.dev.squad.questions])
+        return squad_scores(figures), figures[:, 1], logits
     logits = evaluate(model, dataset.dev, batch_size=128)
     guess = metrics.predictions(dataset.task, logits)
     assert dataset.dev.labels is not None
     return metrics.score(dataset.task, guess, dataset.dev.labels), guess, logits
 
 
-def distance(task: data.Task, student: np.ndarray, teacher: np.ndarray) -> float:
-    """How far the student's outputs are from the teacher's on dev: mean KL of the classes in nats, or for a
-    regression the root mean square."""
+def distance(dataset: data.Dataset, student: np.ndarray, teacher: np.ndarray) -> float:
+    """How far the student's outputs are from the teacher's on dev: mean KL in nats of the classes, or of the positions
+    of start and end; for a regression the root mean square."""
     a, b = (torch.from_numpy(x.astype(np.float64)) for x in (student, teacher))
-    if task.regression:
+    if dataset.task.regression:
         return float((a - b).square().mean().sqrt())
-    p, q = a.log_softmax(-1), b.log_softmax(-1)
+    if dataset.task.spans:
+        rows = [slice(*pair) for pair in zip(dataset.dev.starts, dataset.dev.starts[1:])]
+        return float(np.mean([_kl(a[row].T, b[row].T) for row in rows]))
+    return _kl(a, b)
+
+
+def _kl(student: torch.Tensor, teacher: torch.Tensor) -> float:
+    """Mean over rows of logits [rows, classes]."""
+    p, q = student.log_softmax(-1), teacher.log_softmax(-1)
     return float((q.exp() * (q - p)).sum(-1).mean())
