@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,9 @@ def load(
     """Read a folder (squad.py) and make its windows (squad_windows.py). ``split``: the one that is measured.
     Without ``training`` no train file is read, unless it is that one."""
     task = SQUAD if max_length is None else replace(SQUAD, max_length=max_length)
-    lengths = {"max_length": task.max_length, "stride": doc_stride}
-    measured, train = read_squad(find_file(source, split)), None
-    if training:
-        train = make_windows(read_squad(find_file(source, "train")), tokenizer, labelled=True, title="train", **lengths)
-    dev = make_windows(measured, tokenizer, title=split, **lengths)
+    make = partial(make_windows, tokenizer=tokenizer, max_length=task.max_length, stride=doc_stride)
+    dev = make(read_squad(find_file(source, split)), title=split)
+    train = make(read_squad(find_file(source, "train")), labelled=True, title="train") if training else None
     return SquadDataset(task, train, dev, device)
 
 

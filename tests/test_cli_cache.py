@@ -72,9 +72,9 @@ def test_options_that_contradict_a_cache(
     assert says in capsys.readouterr().err
 
 
-def test_a_teacher_that_is_no_classifier_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_teacher_of_no_task_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, model = write_sst(tmp_path / "sst2"), write_model(tmp_path / "bert")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
     assert main(["cache", "--data", str(folder), "--teacher", str(model), "--out", str(tmp_path / "c")]) == 1
-    assert "no classifier of sst2" in capsys.readouterr().err
+    assert "no model of sst2" in capsys.readouterr().err

@@ -68,12 +68,13 @@ def test_every_form_and_the_cache(home: Path, capsys: pytest.CaptureFixture[str]
     cache = ["--out", str(home / "cache"), "--loss", "hsk", "--compress", "1l_4t_0.5h", "--store", "fp32"]
     assert main(squad_args(home, "cache", "--teacher", str(out / "fp32"), "--qconfig", "W8E8A8", *cache)) == 0
     assert "start_logits     float32  length" in capsys.readouterr().out
-    learn = squad_args(home, "train", "--model", str(out / "fp32"), "--forms", "qat", *QUICK)
+    few = ["--forms", "qat", *QUICK, "--epochs", "0.4"]  # 1e-7 of a target grow as soon as a rounding falls otherwise
+    learn = squad_args(home, "train", "--model", str(out / "fp32"), *few)
     assert main([*learn, "--out", str(home / "cached"), "--cache", str(home / "cache")]) == 0
     assert main([*learn, "--out", str(home / "live"), "--loss", "hsk", "--compress", "1l_4t_0.5h"]) == 0
     ours, theirs = (parts(home / kind / "W8E8A8") for kind in ("cached", "live"))
     for a, b in zip(ours, theirs):
-        assert a == pytest.approx(b, rel=1e-3)
+        assert a == pytest.approx(b, rel=1e-4)
     assert {"hidden"} == set(ours[0]) and {"logits"} == set(ours[-1])  # its two stages
 
 
@@ -91,7 +92,7 @@ def test_a_model_of_another_task(home: Path, tmp_path: Path, capsys: pytest.Capt
     BertForQuestionAnswering(bert().config).save_pretrained(tmp_path / "spans")
     tokenizer().save_pretrained(tmp_path / "spans")
     sst = ["--data", str(write_sst(tmp_path / "sst2")), "--model", str(tmp_path / "spans")]
-    assert main(["train", *sst, "--out", str(tmp_path / "out")]) == 1
+    assert main(["train", *sst, "--out", str(tmp_path / "other")]) == 1
     assert "a model that marks spans, sst2 needs 2" in capsys.readouterr().err
 
 
