@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -69,9 +69,10 @@ class Windows(Encoded):
         return out
 
     def head(self, rows: int) -> Windows:
-        labels = None if self.labels is None else self.labels[:rows]
-        rows = min(rows, len(self))
-        return replace(self, starts=self.starts[: rows + 1], labels=labels, places=self.places[:rows])
+        return replace(cast(Windows, super().head(rows)), places=self.places[:rows])
+
+    def pick(self, rows: np.ndarray) -> Windows:
+        return replace(cast(Windows, super().pick(rows)), places=tuple(self.places[i] for i in rows))
 
     def joined(self, other: Encoded) -> Encoded:
         """Plain rows without labels: any pair of texts can be followed in a teacher's two rows of logits."""

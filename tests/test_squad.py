@@ -168,8 +168,12 @@ def test_an_answer_inside_a_token_and_places_that_are_guessed(tmp_path: Path) ->
 
 def test_parts_of_a_data_set(found: Squad) -> None:
     data = make_windows(found, tokenizer(), max_length=20, stride=6, labelled=True)
+    assert data.labels is not None
     some = data.head(7)
     assert len(some) == 7 and len(some.places) == 7 and len(best_answers(some, zeros(some))) < 7
+    turned = data.pick(np.arange(len(data))[::-1])
+    assert turned.places == data.places[::-1] and turned.batch([0])["end_positions"] == data.labels[-1, 1]
+    assert best_answers(turned, zeros(data)) == best_answers(data, zeros(data))
     more = data.joined(data)
     assert len(more) == 2 * len(data) and "start_positions" not in more.batch([0])
     changed = Squad(found.contexts, (*found.questions[:-1], type(found.questions[0])(
