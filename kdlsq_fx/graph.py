@@ -64,9 +64,20 @@ def moves_data(node: fx.Node) -> bool:
     return op is not None and op.signature.operands[:1] == ("same",) and op.signature.result == "same"
 
 
+def pads_zeros(node: fx.Node) -> bool:
+    """True for a pad with constant zeros."""
+    if node.target is not torch.ops.aten.pad.default:
+        return False
+    mode, value = (*node.args[2:4], *("constant", None)[len(node.args) - 2 :])  # type: ignore[misc]
+    return mode == "constant" and not value and not node.kwargs
+
+
 def root(node: fx.Node) -> fx.Node:
-    """The value that ``node`` is made of: the first node upwards that does more than move data."""
-    while moves_data(node):
+    """The value that ``node`` is made of: the first node upwards that does more than move data and add zeros to it.
+
+    Every grid has a zero, so rounding commutes with a pad of zeros too.
+    """
+    while moves_data(node) or pads_zeros(node):
         node = tensor_args(node)[0]
     return node
 
@@ -77,6 +88,14 @@ def behind_dropout(node: fx.Node) -> fx.Node:
     while (op := op_of(node)) is not None and op.name == "dropout":
         node = root(tensor_args(node)[0])
     return node
+
+
+def is_product(node: fx.Node) -> bool:
+    """True where ``node`` multiplies two computed floats element by element: no constant, no mask among them."""
+    op, operands = op_of(node), tensor_args(node)
+    if op is None or op.name != "mul" or len(operands) != 2:
+        return False
+    return all(is_float(o) and root(o).op != "get_attr" and not root(o).meta.get("plumbing") for o in operands)
 
 
 def fetch(gm: fx.GraphModule, target: str) -> Any:

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from .graph import fetch, module_path, put, site_of, unused_name
-from .op import BY_NAME
+from .graph import fetch, module_path, moves_data, put, site_of, unused_name
+from .op import BY_NAME, tensor_args
 
 Array = NDArray[Any]
+KEEP_RANGE = (torch.ops.aten.cat.default, torch.ops.aten.pad.default)  # of codes: a pad adds the code of zero
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,13 @@ class Lowering:
         return tensor.detach() if isinstance(tensor, torch.Tensor) else None
 
     def range_of(self, node: fx.Node) -> tuple[int, int]:
-        """Bounds of an integer node: known from how it was made, from its constant, or from its dtype."""
+        """Bounds of an integer node: known from how it was made, from its constant or what it moves, or its dtype."""
         if node not in self.ranges:
             tensor = self.constant(node)
-            if tensor is not None:
+            if node.target in KEEP_RANGE or moves_data(node):
+                ends = [self.range_of(source) for source in tensor_args(node)]
+                self.ranges[node] = min(low for low, _ in ends), max(high for _, high in ends)
+            elif tensor is not None:
                 self.ranges[node] = (int(tensor.min()), int(tensor.max())) if tensor.numel() else (0, 0)
             else:
                 info = torch.iinfo(node.meta["val"].dtype)

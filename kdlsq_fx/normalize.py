@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 
 from .graph import assign_sites, fetch, mark_plumbing, module_path, put, unused_name
 from .op import BY_TARGET
-from .ops.shape import arange, full
+from .ops.shape import LAST, arange, full
 
 aten = torch.ops.aten
 
@@ -48,6 +49,8 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node) -> None:
         node.target = RENAMED[target]
     elif target in (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default):
         _restore_dropout(gm, node)
+    elif target is aten.im2col.default:
+        _unfold(node)
     elif target in FACTORIES:
         _factory(node)
     elif isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
@@ -89,6 +92,31 @@ def _taken(gm: fx.GraphModule, path: str) -> bool:
         return isinstance(fetch(gm, path), nn.Dropout)
     except AttributeError:
         return False
+
+
+def _unfold(node: fx.Node) -> None:
+    """``im2col(x)`` [n, c, h, w] -> [n, c * kernel, windows], out of a pad with zeros and ops that only move elements.
+
+    A quantizer is then looked up through the windows: it sees each element once, not once a tap.
+    """
+    x, kernel, dilation, padding, stride = node.args
+    chain: list[tuple[Any, tuple[Any, ...]]] = []
+    if any(padding):  # type: ignore[arg-type]
+        chain.append((aten.pad.default, ([padding[1], padding[1], padding[0], padding[0]],)))  # type: ignore[index]
+    for dim, size, apart, step in zip((2, 3), kernel, dilation, stride):  # type: ignore[call-overload]
+        chain.append((aten.unfold.default, (dim, (size - 1) * apart + 1, step)))
+        if apart > 1:
+            chain.append((aten.slice.Tensor, (-1, 0, LAST, apart)))
+    chain.append((aten.permute.default, ([0, 1, 4, 5, 2, 3],)))  # [n, c, kh, kw, h', w']
+    chain += [(aten.flatten.using_ints, (4, 5)), (aten.flatten.using_ints, (1, 3))]
+    value: Any = x
+    with node.graph.inserting_before(node):
+        for target, args in chain:
+            source, value = value, node.graph.call_function(target, (value, *args))
+            value.meta = {k: v for k, v in node.meta.items() if k != "site"}
+            with enable_python_dispatcher():  # as torch.export has it: elsewhere a pad would fix free sizes
+                value.meta["val"] = target(source.meta["val"], *args)
+    _replace(node, value)
 
 
 def _functionalize(node: fx.Node, target: torch._ops.OpOverload) -> None:

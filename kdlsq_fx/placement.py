@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from .errors import ConfigError
-from .graph import EXACT, behind_dropout, fetch, moves_data, op_label, output_args, plumbing, root, site_of
+from .graph import EXACT, behind_dropout, fetch, is_product, moves_data, op_label, output_args, plumbing, root, site_of
 from .masks import masked_scores
 from .op import is_float, op_of, tensor_args
 from .qconfig import QConfig, QSpec, Rule
@@ -63,6 +63,9 @@ def _want(
     if masked_scores(node) is not None:
         node.meta["decision"] = ("float", "adds the attention mask; goes with the softmax")
         return
+    if op is not None and op.name == "mul" and not is_product(node):
+        node.meta["decision"] = ("float", "scales by a number, a vector or a mask: its operand keeps its codes")
+        return
     got = [op.name] if op is not None and op.name in OWN_FORM else []
     for operand, kind in zip(operands, kinds):
         if kind == "wide" and (masked := masked_scores(operand)) is not None:
@@ -116,10 +119,12 @@ def _demand(gm: fx.GraphModule, operand: fx.Node, kind: str, rule: Rule, moved: 
         kind = "prob" if producer is not None and producer.signature.result == "prob" else "act"
         spec = None if _holds_codes(gm, behind_dropout(value)) else rule.spec(kind)
     elif kind == "wide" and (rule.wide is not None or rule.act is not None):
-        if _exact(value):
+        many = value is not operand and _has_channel_scales(gm, value)
+        if _exact(value) and not many:
             return None
-        spec = rule.wide if name == "add" and rule.wide is not None else rule.spec("act") if rule.wide else None
-        kind = "wide" if name == "add" else "act"
+        is_wide = name == "add" or many
+        spec = rule.wide if is_wide and rule.wide is not None else rule.spec("act") if rule.wide else None
+        kind = "wide" if is_wide else "act"
     else:
         return None
     return Demand(value, spec, kind, rule.why) if spec is not None else None
@@ -137,7 +142,7 @@ def _holds_codes(gm: fx.GraphModule, value: fx.Node) -> bool:
 
 
 def _exact(value: fx.Node) -> bool:
-    """An accumulator or a look-up, also times a number or a vector: integers with a scale already.
+    """An accumulator, a product or a look-up, also times a number or a vector: integers with a scale already.
 
     A sum times a vector (MobileBERT's NoNorm) is still a sum, and rounded once with what is added next.
     """
@@ -146,10 +151,21 @@ def _exact(value: fx.Node) -> bool:
     if op is None or op.name not in ("mul", "div"):
         return op is not None and op.name in EXACT
     operands = tensor_args(value)
+    if is_product(value):
+        return True
     if len(operands) == 2 and _is_vector(operands[1]):
         scaled = op_of(behind_dropout(operands[0]))
         return _exact(operands[0]) or (scaled is not None and scaled.name == "add")
     return len(operands) == 1 and _exact(operands[0])
+
+
+def _has_channel_scales(gm: fx.GraphModule, value: fx.Node) -> bool:
+    """A product by weights with a scale for each channel: moved, its accumulators stand on no grid that has a name."""
+    value = behind_dropout(value)
+    qconfig: QConfig = gm.meta["qconfig"]
+    rule = qconfig.find(site_of(value), op_label(value)) if op_label(value) in ("linear", "conv1d") else None
+    spec = rule.spec("weight") if rule is not None else None
+    return spec is not None and spec.axis is not None
 
 
 def _is_vector(value: fx.Node) -> bool:

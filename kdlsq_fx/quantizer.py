@@ -232,7 +232,9 @@ class Lsq(nn.Module):
     @torch.no_grad()
     def _project(self) -> None:
         if self.learned:
-            self.raw.clamp_(min=self.floor)
+            # .data: what a backward pass reads of raw is max(raw, floor), which this leaves as it is. A kernel may have
+            # saved raw at an earlier forward of the same step, of a layout that it serves
+            self.raw.data.clamp_(min=self.floor)
 
     def _effective(self) -> Tensor:
         effective: Tensor = AtLeast.apply(self.raw, self.floor)

@@ -130,6 +130,11 @@ def int_conv1d(
     return (acc if bias is None else acc + bias[:, None]).astype(np.int32)
 
 
+def int_mul(a: Array, b: Array, a_zero_point: int = 0, b_zero_point: int = 0) -> Array:
+    """Element by element, with broadcasting; the product fits 32 bits."""
+    return (wide(a, a_zero_point) * wide(b, b_zero_point)).astype(np.int32)
+
+
 def int_embedding(table: Array, ids: Array) -> Array:
     if ids.size and (ids.min() < 0 or ids.max() >= len(table)):
         raise ProgramError(f"ids run from {ids.min()} to {ids.max()}, the table has {len(table)} rows")
@@ -291,6 +296,13 @@ def gather(x: Array, dim: int, where: Array, sparse_grad: bool = False) -> Array
     return np.take_along_axis(x[part], where, axis=dim)
 
 
+def unfold(x: Array, dim: int, size: int, step: int) -> Array:
+    """Every window of ``size`` along ``dim``, ``step`` apart, as a new last dimension."""
+    dim %= x.ndim
+    starts = range(0, x.shape[dim] - size + 1, step)
+    return np.stack([np.moveaxis(np.take(x, range(s, s + size), axis=dim), dim, -1) for s in starts], axis=dim)
+
+
 def take_slice(x: Array, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Array:
     return np.moveaxis(np.moveaxis(x, dim, 0)[start:end:step], 0, dim)
 
@@ -308,9 +320,10 @@ def pad(x: Array, widths: Sequence[int], mode: str = "constant", value: Any = No
 
 
 ARITHMETIC: dict[str, Callable[..., Any]] = {
-    "int_linear": int_linear, "int_matmul": int_matmul, "int_conv1d": int_conv1d, "int_embedding": int_embedding,
-    "lookup": lookup, "requantize": requantize, "int_add": int_add, "int_softmax": int_softmax,
-    "int_layer_norm": int_layer_norm, "int_gelu": int_gelu, "int_mean": int_mean, "dequantize": dequantize,
+    "int_linear": int_linear, "int_matmul": int_matmul, "int_conv1d": int_conv1d, "int_mul": int_mul,
+    "int_embedding": int_embedding, "lookup": lookup, "requantize": requantize, "int_add": int_add,
+    "int_softmax": int_softmax, "int_layer_norm": int_layer_norm,
+    "int_gelu": int_gelu, "int_mean": int_mean, "dequantize": dequantize,
 }  # fmt: skip
 PRODUCTS = ("int_linear", "int_matmul", "int_conv1d")
 ROUNDING = ("requantize", "int_add", "lookup", "int_softmax", "int_layer_norm", "int_gelu", "int_mean")
@@ -319,7 +332,7 @@ MOVERS: dict[str, Callable[..., Any]] = {
     "transpose": np.swapaxes, "swapaxes": np.swapaxes, "permute": np.transpose, "t": np.transpose,
     "numpy_T": np.transpose, "select": lambda x, dim, i: np.take(x, i, axis=dim), "slice": take_slice, "expand": expand,
     "contiguous": lambda x, memory_format=None: x, "unsqueeze": np.expand_dims,
-    "squeeze": squeeze, "squeeze_all": squeeze, "squeeze_dims": squeeze, "repeat": np.tile,
+    "squeeze": squeeze, "squeeze_all": squeeze, "squeeze_dims": squeeze, "repeat": np.tile, "unfold": unfold,
     "unbind": lambda x, dim=0: list(np.moveaxis(x, dim, 0)),
     "chunk": lambda x, n, dim=0: split(x, -(-x.shape[dim] // n), dim), "split": split, "split_with_sizes": split,
     "getitem": lambda parts, i: parts[i], "cat": lambda parts, dim=0: np.concatenate(parts, axis=dim),

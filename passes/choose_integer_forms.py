@@ -42,16 +42,8 @@ def choose_integer_forms(gm: fx.GraphModule) -> None:
             _replace(node, polynomial_gelu, (node.args[0],))
         elif op.name == "div" and (mean := masked_mean_of(node)) is not None:
             _mean(node, *mean)
-        elif op.name == "softmax" and _over_last(node):
-            _softmax(gm, node, rule.nonlinear or "table")
         elif op.name == "softmax":
-            node.meta["why_float"] = "it runs over a dimension that is not the last"
-
-
-def _over_last(node: fx.Node) -> bool:
-    value = node.meta["val"]
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
-    return isinstance(dim, int) and dim % value.dim() == value.dim() - 1
+            _softmax(gm, node, rule.nonlinear or "table")
 
 
 def _softmax(gm: fx.GraphModule, node: fx.Node, form: str) -> None:
@@ -67,7 +59,27 @@ def _softmax(gm: fx.GraphModule, node: fx.Node, form: str) -> None:
         if keep is None:  # a mask nobody can read: the softmax stays float, and the report says why
             node.meta["why_float"] = "its additive mask could not be read back as true and false"
             return
-    _replace(node, masked_softmax, (scores, keep, -1, form))
+    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs["dim"]
+    if dim in (-1, node.meta["val"].dim() - 1):
+        _replace(node, masked_softmax, (scores, keep, -1, form))
+    elif keep is None:
+        _softmax_along(node, scores, dim, form)
+    else:
+        node.meta["why_float"] = "it is masked, and runs over a dimension that is not the last"
+
+
+def _softmax_along(node: fx.Node, scores: fx.Node, dim: int, form: str) -> None:
+    """The integers run over the last dimension: the scores are turned in front of them, the probabilities back."""
+    transpose, val = torch.ops.aten.transpose.int, node.meta["val"].transpose(dim, -1)
+    with node.graph.inserting_before(node):
+        rows = node.graph.call_function(transpose, (scores, dim, -1))
+        made = node.graph.call_function(masked_softmax, (rows, None, -1, form))
+        back = node.graph.call_function(transpose, (made, dim, -1))
+    rows.meta = {**node.meta, "val": val, "site": f"{site_of(node)}/rows"}
+    made.meta = {**node.meta, "val": val}
+    back.meta = {**node.meta, "site": f"{site_of(node)}/back"}
+    node.replace_all_uses_with(back)
+    node.graph.erase_node(node)
 
 
 def _mean(node: fx.Node, x: fx.Node, keys: fx.Node) -> None:

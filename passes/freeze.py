@@ -9,14 +9,16 @@ from torch import fx, nn
 
 from ..errors import CalibrationError
 from ..folding import fold_constants, tabulate_positions
-from ..graph import EXACT, drop_unused, fetch, module_path, op_label, put, root, site_of, unused_name
+from ..graph import EXACT, drop_unused, fetch, module_path, op_label, pads_zeros, put, root, site_of, unused_name
 from ..lsq import BiasGrid, Lsq
 from ..masks import tokens_there
-from ..op import op_of, tensor_args
+from ..op import is_float, op_of, tensor_args
 from ..ops.norm import integer_layer_norm
 from ..ops.qat import bias_grid, norm_on_grid
 from ..ops.qdq import dequantize, quantize, torch_container
 from ..pipeline import graph_pass
+
+aten = torch.ops.aten
 
 
 @graph_pass("qat->qdq")
@@ -45,7 +47,7 @@ def freeze(gm: fx.GraphModule) -> None:
     if gm.meta["qconfig"].placement == "integer":
         for node in gm.graph.find_nodes(op="call_function", target=quantize):
             _mask_behind(node)
-            _hoist(node)
+            _round_early(node)
     gm.graph.eliminate_dead_code()
     drop_unused(gm)
 
@@ -94,15 +96,50 @@ def _mask_behind(node: fx.Node) -> None:
         node.graph.erase_node(masked)
 
 
-def _hoist(node: fx.Node) -> None:
+def _round_early(node: fx.Node) -> None:
+    """quantize(cat(x, y)) -> cat(quantize(x), quantize(y)): rounding commutes with joining
+
+    Each part is then rounded where it is made: accumulators with scales of their own have no common code before that.
+    """
+    waiting = [node]
+    while waiting:
+        late = _hoist(waiting.pop())
+        joined: Any = late.args[0]
+        if joined.target is not aten.cat.default or late.args[5] is not None:
+            continue
+        if all(is_float(x) and x.op != "get_attr" for x in joined.args[0]):
+            waiting += _before(late, joined)
+
+
+def _before(late: fx.Node, joined: fx.Node) -> list[fx.Node]:
+    """Quantizers of what ``joined`` joins in place of the one behind it; the first keeps its site."""
+    graph, parts = late.graph, []
+    sources: Any = joined.args[0]
+    for i, x in enumerate(sources):
+        with graph.inserting_before(late):
+            part = graph.call_function(quantize, (x, *late.args[1:]))
+        part.meta = {**late.meta, "val": x.meta["val"].detach().to(late.meta["val"].dtype)}
+        part.meta["site"] = f"{site_of(late)}:{i}" if i else site_of(late)
+        parts.append(part)
+    with graph.inserting_before(late):
+        again = graph.call_function(joined.target, (parts, *joined.args[1:]))  # type: ignore[arg-type]
+    again.meta = {**joined.meta, "val": joined.meta["val"].detach().to(late.meta["val"].dtype)}
+    again.meta["site"] = f"{site_of(joined)}/codes"
+    late.replace_all_uses_with(again)
+    graph.erase_node(late)
+    return parts
+
+
+def _hoist(node: fx.Node) -> fx.Node:
     """quantize(view(x)) -> view(quantize(x)): a function of codes is completed by the quantizer right behind it.
 
     RoBERTa's head selects the first token, drops out and quantizes; LayerNorm's integers wait for that quantizer.
+    Returns the quantizer, wherever it then stands.
     """
     moved: fx.Node = node.args[0]  # type: ignore[assignment]
     base = root(moved)
     if base is moved or base.op != "call_function" or op_label(base) in EXACT or node.args[5] is not None:
-        return
+        return node
     with node.graph.inserting_after(base):
         early = node.graph.call_function(quantize, (base, *node.args[1:]))
     early.meta = dict(node.meta) | {"val": base.meta["val"].detach().to(node.meta["val"].dtype)}
@@ -111,6 +148,7 @@ def _hoist(node: fx.Node) -> None:
             early.prepend(constant)
     node.replace_all_uses_with(_moved(node, moved, base, early))
     node.graph.erase_node(node)
+    return early
 
 
 def _moved(node: fx.Node, moved: fx.Node, base: fx.Node, codes: fx.Node) -> fx.Node:
@@ -121,6 +159,8 @@ def _moved(node: fx.Node, moved: fx.Node, base: fx.Node, codes: fx.Node) -> fx.N
     below = _moved(node, source, base, codes)
     with node.graph.inserting_before(node):
         copy = node.graph.node_copy(moved, lambda n: below if n is source else n)
+    if pads_zeros(moved):
+        copy.args = (below, moved.args[1], "constant", node.args[2])  # the code of zero
     copy.meta = {k: v for k, v in moved.meta.items() if k != "site"}
     copy.meta["val"] = moved.meta["val"].detach().to(codes.meta["val"].dtype)
     return copy

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from ..graph import computes_floats, drop_unused, fetch, moves_data, plumbing, site_of
+from ..graph import computes_floats, drop_unused, fetch, moves_data, pads_zeros, plumbing, site_of
 from ..integer_only import float_nodes
 from ..lowering import Grid, Island, Lowering, QValue, StaysFloat, array, float64
 from ..op import is_float, op_of, tensor_args
@@ -115,11 +115,10 @@ def _same_grid(a: QValue, b: QValue) -> bool:
 
 
 def _pad_codes(node: fx.Node, zero_point: int) -> bool:
-    """Let a pad of zeros add zeros to codes; False where it adds something else, or the code of zero is another."""
-    x, widths, mode, value = (*node.args, "constant", None)[:4] if len(node.args) < 4 else node.args
-    if mode != "constant" or value not in (None, 0, 0.0) or zero_point:
+    """Let a pad of zeros add the code of zero; False where it adds something else."""
+    if not pads_zeros(node):
         return False
-    node.args, node.kwargs = (x, widths, "constant", 0), {}
+    node.args = (*node.args[:2], "constant", zero_point)
     return True
 
 

@@ -72,6 +72,11 @@ def matmul_case(rng: Rng) -> list[Any]:
     return [drawn(rng, *a, 2, 3, 6), drawn(rng, *b, 2, 6, 4), za, zb, magnitude(*a, za) or 1, magnitude(*b, zb) or 1]
 
 
+def mul_case(rng: Rng) -> list[Any]:
+    (a, b), (za, zb) = (ends(rng, 16), ends(rng, 16)), rng.integers(-9, 9, 2).tolist()
+    return [drawn(rng, *a, 2, 3, 6), drawn(rng, *b, 3, 1), za, zb]
+
+
 def embedding_case(rng: Rng) -> list[Any]:
     return [constant(rng.integers(-99, 50, (11, 4))), drawn(rng, 0, 10, 2, 5)]
 
@@ -128,6 +133,7 @@ CASES: dict[str, Callable[[Rng], list[Any]]] = {
     "int_linear": linear_case,
     "int_conv1d": conv_case,
     "int_matmul": matmul_case,
+    "int_mul": mul_case,
     "int_embedding": embedding_case,
     "lookup": lookup_case,
     "requantize": requantize_case,

@@ -67,6 +67,11 @@ def int_conv1d(
     return sums(terms, 0 if bias is None else np.asarray(bias)[:, None])
 
 
+def int_mul(a: Any, b: Any, a_zero_point: int = 0, b_zero_point: int = 0) -> Trace:
+    product = wide(a, a_zero_point) * wide(b, b_zero_point)
+    return product, {"product": product}
+
+
 def int_embedding(table: Any, ids: Any) -> Trace:
     return wide(table)[ids], {}
 
@@ -159,6 +164,7 @@ TRACES: dict[str, Callable[..., Trace]] = {
         int_linear,
         int_matmul,
         int_conv1d,
+        int_mul,
         int_embedding,
         lookup,
         requantize,

@@ -142,6 +142,12 @@ def matmul_bounds(
     return Bounds(*reach, inside)
 
 
+def mul_bounds(a: Interval, b: Interval, a_zero_point: int = 0, b_zero_point: int = 0) -> Bounds:
+    """One product of two codes, less their zero points."""
+    product = times(moved(a, a_zero_point), moved(b, b_zero_point))
+    return Bounds(*product, (Bound("product", *product, limit=INT32_MAX),))
+
+
 # Look-ups
 
 

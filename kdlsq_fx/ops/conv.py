@@ -1,4 +1,4 @@
-"""Convolution along a sequence, and the unfolding of windows (ConvBERT, SqueezeBERT)."""
+"""Convolution along a sequence, and the windows that a kernel made at run time is applied to (dynamic convolution)."""
 
 from __future__ import annotations
 
@@ -53,43 +53,27 @@ def emit_conv1d(
     return g.Conv(*inputs, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
 
 
-def numpy_im2col(
-    x: Array, kernel: Sequence[int], dilation: Sequence[int], padding: Sequence[int], stride: Sequence[int]
-) -> Array:
-    """Every window of ``x`` [n, c, h, w] as a column: [n, c * kh * kw, windows] (torch.nn.Unfold)."""
-    padded = np.pad(x, ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2))
-    span = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilation))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, span, axis=(2, 3))
-    windows = windows[:, :, :: stride[0], :: stride[1], :: dilation[0], :: dilation[1]]
-    columns = windows.transpose(0, 1, 4, 5, 2, 3)
-    n, c, kh, kw, h, w = columns.shape
-    return np.ascontiguousarray(columns).reshape(n, c * kh * kw, h * w)
+def numpy_unfold(x: Array, dim: int, size: int, step: int) -> Array:
+    """Every window of ``size`` elements along ``dim``, ``step`` apart, as a new last dimension."""
+    dim %= x.ndim
+    windows = np.lib.stride_tricks.sliding_window_view(x, size, axis=dim)
+    return windows[(slice(None),) * dim + (slice(None, None, step),)]
 
 
-def emit_im2col(g: Any, x: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Any:
-    """ONNX has no such op: pad, then gather the positions of each tap along height and along width."""
-    pads = [0, 0, padding[0], padding[1]] * 2
-    columns = g.Pad(x, g.vector(pads)) if any(pads) else x
-    for axis, i in ((2, 0), (4, 1)):  # the first gather adds a dimension in front of the width
-        reach = (kernel[i] - 1) * dilation[i] + 1
-        last = g.size_op("Add", g.size(x, 2 + i), 2 * padding[i] - reach)
-        count = g.size_op("Add", g.size_op("Div", last, stride[i]), 1)
-        starts = g.Mul(g.Range(g.scalar(0), g.scalar(count), g.scalar(1)), g.scalar(stride[i]))
-        taps = g.constant(np.arange(kernel[i], dtype=np.int64)[:, None] * dilation[i])
-        columns = g.Gather(columns, g.Add(taps, starts), axis=axis)  # [n, c, kh, h'(, kw, w')]
-    columns = g.Transpose(columns, perm=[0, 1, 2, 4, 3, 5])
-    rows = g.size_op("Mul", g.size(x, 1), kernel[0] * kernel[1])
-    return g.Reshape(columns, g.vector([g.size(x, 0), rows, -1]))
+def _emit_unfold(g: Any, x: Any, dim: int, size: int, step: int) -> Any:
+    """ONNX has no such op: gather the positions of each window, and bring the elements of a window to the end."""
+    rank = g.rank(x)
+    dim %= rank
+    count = g.size_op("Add", g.size_op("Div", g.size_op("Add", g.size(x, dim), -size), step), 1)
+    starts = g.Mul(g.Range(g.scalar(0), g.scalar(count), g.scalar(1)), g.scalar(step))
+    places = g.Add(g.Unsqueeze(starts, g.vector([1])), g.constant(np.arange(size, dtype=np.int64)[None]))
+    windows = g.Gather(x, places, axis=dim)  # [..., windows, size, ...]
+    return g.Transpose(windows, perm=[*range(dim + 1), *range(dim + 2, rank + 1), dim + 1])
 
 
 def _conv_sample() -> tuple[tuple[Any, ...], dict[str, Any]]:
     torch.manual_seed(0)
     return (torch.randn(2, 6, 9), torch.randn(4, 3, 3), torch.randn(4), [2], [1], [1], 2), {}
-
-
-def _im2col_sample() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    torch.manual_seed(0)
-    return (torch.randn(2, 3, 9, 4), [3, 2], [2, 1], [2, 1], [1, 2]), {}
 
 
 CONV1D = declare(
@@ -104,14 +88,14 @@ CONV1D = declare(
         why_float="no rule quantizes both operands",
     )
 )
-IM2COL = declare(
+UNFOLD = declare(
     Op(
-        name="im2col",
-        target=aten.im2col.default,
-        sig="float -> float",  # pads with zeros: not all codes pass through untouched
-        numpy=numpy_im2col,
-        onnx=emit_im2col,
-        sample=_im2col_sample,
-        why_float="moves data and pads with zeros",
+        name="unfold",
+        target=aten.unfold.default,
+        sig="same -> same",
+        numpy=numpy_unfold,
+        onnx=_emit_unfold,
+        sample=lambda: ((torch.arange(54, dtype=torch.float32).reshape(2, 9, 3), 1, 4, 2), {}),
+        why_float="makes no numbers",
     )
 )

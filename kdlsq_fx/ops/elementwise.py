@@ -204,7 +204,7 @@ MUL = declare(
     Op(
         name="mul",
         target=aten.mul.Tensor,
-        sig="float, float -> float",
+        sig="act, act -> wide",  # where both are computed (kdlsq_fx/graph.py, is_product)
         numpy=lambda a, b: np.multiply(*_promoted(a, b)),
         onnx=lambda g, a, b: g.arithmetic("Mul", a, b),
         lower=lower_scaled,

@@ -149,6 +149,10 @@ def emit_matmul(
     return _product(g, a, b, a_zero_point, b_zero_point)
 
 
+def emit_mul(g: Any, a: Any, b: Any, a_zero_point: int = 0, b_zero_point: int = 0) -> Any:
+    return g.Mul(_real(g, a, a_zero_point), _real(g, b, b_zero_point))
+
+
 def _product(g: Any, a: Any, b: Any, a_zero: int, b_zero: int) -> Any:
     """``(a - a_zero) @ (b - b_zero)`` in int32. MatMulInteger takes bytes; wider codes go through MatMul of int32,
     exact as every partial sum was proved to fit."""

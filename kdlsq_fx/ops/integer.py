@@ -17,8 +17,15 @@ from torch.nn import functional as F
 
 from kdlsq_fx.errors import InputError
 from kdlsq_fx.op import Op, declare
-from kdlsq_fx.ops.bounds_integer import conv1d_bounds, embedding_bounds, linear_bounds, lookup_bounds, matmul_bounds
-from kdlsq_fx.ops.emit_integer import emit_conv1d, emit_embedding, emit_linear, emit_lookup, emit_matmul
+from kdlsq_fx.ops.bounds_integer import (
+    conv1d_bounds,
+    embedding_bounds,
+    linear_bounds,
+    lookup_bounds,
+    matmul_bounds,
+    mul_bounds,
+)
+from kdlsq_fx.ops.emit_integer import emit_conv1d, emit_embedding, emit_linear, emit_lookup, emit_matmul, emit_mul
 from kdlsq_fx.ops.fixed_point import dyadic, int_add, random_acc, random_codes, requantize, round_shift
 from kdlsq_fx.ranges import INT32_MAX, gemm_dtype, product_bound
 
@@ -29,6 +36,7 @@ __all__ = [
     "int_embedding",
     "int_linear",
     "int_matmul",
+    "int_mul",
     "lookup",
     "requantize",
     "round_shift",
@@ -139,6 +147,20 @@ def numpy_int_conv1d(
     return acc if bias is None else acc + bias[:, None]
 
 
+def int_mul(a: torch.Tensor, b: torch.Tensor, a_zero_point: int = 0, b_zero_point: int = 0) -> torch.Tensor:
+    """``(a - a_zero_point) * (b - b_zero_point)`` element by element: codes that broadcast -> int32.
+
+    Exact: the lowering proved that the product fits.
+    """
+    return (a.to(torch.int32) - a_zero_point) * (b.to(torch.int32) - b_zero_point)
+
+
+def numpy_int_mul(a: Array, b: Array, a_zero_point: int = 0, b_zero_point: int = 0) -> Array:
+    """:func:`int_mul` in NumPy."""
+    left, right = np.subtract(a, a_zero_point, dtype=np.int64), np.subtract(b, b_zero_point, dtype=np.int64)
+    return np.multiply(left, right).astype(np.int32)
+
+
 def int_embedding(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Rows of integers: ``[rows, width]``, ids of any shape -> ``[*ids.shape, width]`` of the table's dtype."""
     return torch.embedding(table, ids)
@@ -193,6 +215,17 @@ INT_CONV1D = declare(
         onnx=emit_conv1d,
         bounds=conv1d_bounds,
         sample=lambda: ((random_codes(2, 6, 9), random_codes(4, 3, 3), random_acc(4) // 4, [2], [1], [1], 2, 5), {}),
+    )
+)
+INT_MUL = declare(
+    Op(
+        name="int_mul",
+        target=int_mul,
+        sig="code, code -> int",
+        numpy=numpy_int_mul,
+        onnx=emit_mul,
+        bounds=mul_bounds,
+        sample=lambda: ((random_codes(2, 3, 8), random_codes(3, 1, low=0, high=256, dtype=torch.uint8), 5, 128), {}),
     )
 )
 INT_EMBEDDING = declare(

@@ -16,12 +16,13 @@ import torch
 from torch import fx
 
 from ..errors import LoweringError
-from ..graph import site_of
+from ..graph import is_product, site_of
 from ..lowering import Array, Grid, Lowering, QValue, StaysFloat, Value, array
 from ..masks import tokens_there
-from ..ranges import magnitude
+from ..ranges import INT32_MAX, magnitude
+from .bounds_integer import times
 from .fixed_point import MAX_SHIFT, dyadic, int_add, requantize
-from .integer import int_embedding, lookup
+from .integer import int_embedding, int_mul, lookup
 from .qdq import quantize, torch_container
 
 aten = torch.ops.aten
@@ -31,7 +32,8 @@ aten = torch.ops.aten
 class Sum:
     """Terms to be added in one fixed point and rounded once, by the quantizer behind the sum.
 
-    A scale along the last dimension may be 0 or negative here: its sign goes into the multiplier.
+    Scales of channels run along one dimension, counted from the end, in all terms that have any. Such a scale may be 0
+    or negative here: its sign goes into the multiplier.
     """
 
     terms: tuple[QValue, ...]
@@ -42,7 +44,8 @@ class Sum:
         factors = [np.rint(r * 2.0**shift).astype(np.int64) for r in ratios]
         multipliers = [_multiplier(lowering, node, t, f, i) for i, (t, f) in enumerate(zip(self.terms, factors))]
         terms, zeros = [t.node for t in self.terms], [t.zero_point for t in self.terms]
-        ends = (grid.zero_point, grid.qmin, grid.qmax)
+        axis = next((t.axis for t in self.terms if t.axis is not None), -1)
+        ends = (grid.zero_point, grid.qmin, grid.qmax, *(() if axis == -1 else (axis,)))
         dtype = torch_container(grid.qmin, grid.qmax)
         made = lowering.call(node, int_add, terms, multipliers, zeros, shift, *ends, dtype=dtype)
         return on_grid(made, grid)
@@ -71,7 +74,7 @@ class Curve:
 def requantized(lowering: Lowering, node: fx.Node, value: QValue, grid: Grid) -> QValue:
     """A QValue on another grid: a multiplier and a shift per scale (papers 4.6)."""
     if value.zero_point or value.rows is not None or (value.scale <= 0).any():
-        return Sum((value,)).quantized(lowering, node, grid)
+        return Sum((_from_end(value),)).quantized(lowering, node, grid)
     try:
         pairs = [dyadic(float(r)) for r in np.atleast_1d(value.scale / grid.scale)]
     except ValueError as err:
@@ -128,8 +131,6 @@ def _multiplier(lowering: Lowering, node: fx.Node, term: QValue, factor: Array, 
         return made
     if term.is_per_tensor:
         return int(factor)
-    if term.axis not in (-1, None):
-        raise LoweringError("a sum with scales along a dimension that is not its last", where=site_of(node))
     return lowering.store(node, f"multiplier_{index}", torch.from_numpy(factor))
 
 
@@ -140,8 +141,8 @@ def lower_add(lowering: Lowering, node: fx.Node) -> Sum:
     terms = [t for operand in node.args for t in _terms(lowering, node, operand)]
     if all(lowering.constant(operand) is not None for operand in node.args if isinstance(operand, fx.Node)):
         raise StaysFloat("it reads no codes")
-    if any(t.axis not in (None, -1) for t in terms):
-        raise StaysFloat("an operand has scales along a dimension that is not its last")
+    if len({t.axis for t in terms} - {None}) > 1:
+        raise StaysFloat("its operands have scales along different dimensions")
     return Sum(tuple(terms))
 
 
@@ -151,29 +152,46 @@ def _terms(lowering: Lowering, node: fx.Node, operand: Any) -> tuple[QValue, ...
     if isinstance(value, Sum):
         return value.terms
     if value is None and (constant := _vector(lowering, node, operand)) is not None:
-        if not constant.any():
+        numbers, axis = constant
+        if not numbers.any():
             return ()
-        one = lowering.store(node, "one", torch.ones(1, dtype=torch.int8))
-        return (QValue(one, constant, 1, 1, axis=-1 if constant.ndim else None),)
-    return (lowering.codes(operand),)
+        one = lowering.store(node, "one", torch.ones([1] * -(axis or -1), dtype=torch.int8))
+        return (QValue(one, numbers, 1, 1, axis=axis),)
+    return (_from_end(lowering.codes(operand)),)
 
 
-def _vector(lowering: Lowering, node: fx.Node, operand: Any) -> Array | None:
-    """A constant operand as float64: 0-d, or one number per element of the last dimension; None where it is neither."""
+def _from_end(value: QValue) -> QValue:
+    """The value with its axis counted from the end, so that terms of several ranks agree about it."""
+    return value if value.axis is None or value.axis < 0 else replace(value, axis=value.axis - _rank(value))
+
+
+def _rank(value: QValue) -> int:
+    return int(value.node.meta["val"].ndim)
+
+
+def _vector(lowering: Lowering, node: fx.Node, operand: Any) -> tuple[Array, int | None] | None:
+    """A constant operand in float64 and the dimension that it runs along: 0-d and None, or 1-d and a number below 0.
+
+    None where the operand is neither a number nor one number a channel.
+    """
     if isinstance(operand, (int, float)) and not isinstance(operand, bool):
-        return np.asarray(float(operand))
+        return np.asarray(float(operand)), None
     tensor = lowering.constant(operand)
-    if tensor is None or not tensor.is_floating_point() or tensor.ndim > 1:
+    if tensor is None or not tensor.is_floating_point():
         return None
-    if tensor.ndim and tensor.shape[0] != node.meta["val"].shape[-1]:
-        return None
-    return array(tensor).astype(np.float64)
+    numbers = array(tensor).astype(np.float64)
+    long = [i - tensor.ndim for i, size in enumerate(tensor.shape) if size != 1]
+    if not long:
+        return numbers.reshape(()), None
+    fits = len(long) == 1 and str(node.meta["val"].shape[long[0]]) == str(numbers.size)
+    return (numbers.reshape(-1), long[0]) if fits else None
 
 
 def lower_scaled(lowering: Lowering, node: fx.Node) -> QValue | Sum:
-    """mul(x, number or vector), div(x, ...) -> x with other scales, along its last dimension: no operation at all
+    """mul(x, number or one a channel), div(x, ...) -> x with other scales: no operation at all
 
     mul(x, mask) with a mask of zeros and ones -> the codes of x, and that of zero where nothing is there.
+    mul(x, y) of two computed values -> int_mul.
     """
     left, right = node.args[:2]
     is_div = "div" in str(node.target)
@@ -181,23 +199,38 @@ def lower_scaled(lowering: Lowering, node: fx.Node) -> QValue | Sum:
         return _masked(lowering, node, lowering.per_tensor(left), there)
     if not is_div and _vector(lowering, node, left) is not None:
         left, right = right, left
-    factor = _vector(lowering, node, right)
-    if factor is None:
+    if is_product(node):
+        return _product(lowering, node)
+    constant = _vector(lowering, node, right)
+    if constant is None:
         raise StaysFloat(_why_not_scaled(lowering, right))
+    factor, axis = constant
     if not np.isfinite(factor).all() or (factor.ndim == 0 and factor <= 0) or (is_div and not factor.all()):
         raise StaysFloat(f"it scales by {factor}")
     value = lowering.values.get(left) if isinstance(left, fx.Node) else None
     if isinstance(value, Sum):
-        return Sum(tuple(_scaled(term, factor, is_div) for term in value.terms))
-    return _scaled(lowering.codes(left), factor, is_div)
+        return Sum(tuple(_scaled(term, factor, axis, is_div) for term in value.terms))
+    return _scaled(lowering.codes(left), factor, axis, is_div)
+
+
+def _product(lowering: Lowering, node: fx.Node) -> QValue:
+    """mul(x, y), both computed -> int_mul(x, y) with the scale ``s_x * s_y``: exact, in 32 bits"""
+    a, b = (lowering.per_tensor(operand) for operand in node.args[:2])
+    low, high = times((a.lo - a.zero_point, a.hi - a.zero_point), (b.lo - b.zero_point, b.hi - b.zero_point))
+    if max(-low, high) > INT32_MAX:
+        raise StaysFloat(
+            "the product of its operands can leave 32 bits: a rule must quantize both, at 16 bits or fewer"
+        )
+    made = lowering.call(node, int_mul, a.node, b.node, a.zero_point, b.zero_point, dtype=torch.int32)
+    return QValue(made, a.scale * b.scale, low, high)
 
 
 def _why_not_scaled(lowering: Lowering, factor: Any) -> str:
     if factor in lowering.hidden and lowering.constant(factor) is None:
         return "it scales by floats that are made from positions or masks"
     if lowering.constant(factor) is not None:
-        return "it scales by a constant that is neither a number nor a vector along the last dimension"
-    return "it multiplies or divides two values that are both computed: no primitive does that element by element"
+        return "it scales by a constant that is neither a number nor one number a channel"
+    return "it divides by a computed value: no primitive does that element by element"
 
 
 def _masked(lowering: Lowering, node: fx.Node, value: QValue, there: fx.Node) -> QValue:
@@ -209,13 +242,13 @@ def _masked(lowering: Lowering, node: fx.Node, value: QValue, there: fx.Node) ->
     return replace(value, node=made, lo=low, hi=high, codes=None)
 
 
-def _scaled(value: QValue, factor: Array, is_div: bool) -> QValue:
+def _scaled(value: QValue, factor: Array, axis: int | None, is_div: bool) -> QValue:
     scale = value.scale / factor if is_div else value.scale * factor
     if factor.ndim == 0:
         return replace(value, scale=scale, codes=None)
-    if value.rows is not None or value.axis not in (None, -1):
+    if value.rows is not None or _from_end(value).axis not in (None, axis):
         raise StaysFloat("it scales every channel of an operand whose scales belong to another dimension")
-    return replace(value, scale=scale, axis=-1, codes=None)
+    return replace(value, scale=scale, axis=axis, codes=None)
 
 
 def lower_table(lowering: Lowering, node: fx.Node) -> Value:
