@@ -132,9 +132,24 @@ class Emitter:
         codes = grid.codes if grid is not None and grid.axis is None else None
         if grid is not None and codes is not None and moves_data(node) and self._may_move(codes):
             return self._move_codes(node, op, args, kwargs, grid, codes)
+        held = self._held_codes(node, args)
+        if held is not None:
+            self.g.dtype = self.g.types[held]
         result = op.onnx(self.g, *args, **kwargs)
-        self._describe(result, node.meta.get("val"))
+        self._describe(result, node.meta.get("val"), None if held is None else self.g.types[held])
+        if held is not None:
+            self.codes |= dict.fromkeys(result if isinstance(result, list) else [result], self.codes[held])
         return result
+
+    def _held_codes(self, node: fx.Node, args: Any) -> ir.Value | None:
+        """Codes that the node moves or joins between a quantize and its dequantize.
+
+        The dialect chose how they are held, not the graph; what comes out is held so too.
+        """
+        if not (moves_data(node) or op_name(node) == "cat"):
+            return None
+        first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+        return first if isinstance(first, ir.Value) and first in self.codes else None
 
     def _may_move(self, codes: ir.Value) -> bool:
         return not self.dialect.adjacent and not is_subbyte(self.g.types[codes])
