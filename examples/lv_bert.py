@@ -155,7 +155,7 @@ class Embeddings(nn.Module):
 
 
 class LVBert(nn.Module):
-    """A classifier of sentences on sub-layers in the order of its config; the first token stands for the sentence."""
+    """A classifier of sentences: sub-layers in the order of its config, then the mean of the tokens."""
 
     def __init__(self, config: LVBertConfig) -> None:
         super().__init__()
@@ -170,11 +170,11 @@ class LVBert(nn.Module):
         x = self.embeddings(input_ids)
         for layer in self.layers:
             x = layer(x, attention_mask)
-        return {"logits": self.head(x)}
+        return {"logits": self.head(x, attention_mask)}
 
 
 class Head(nn.Module):
-    """The first token, a hidden layer, the labels."""
+    """The mean over the tokens that are there, a hidden layer, the labels."""
 
     def __init__(self, config: LVBertConfig) -> None:
         super().__init__()
@@ -182,9 +182,11 @@ class Head(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.labels = nn.Linear(config.hidden_size, config.labels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, length, width] -> [batch, labels]."""
-        return self.labels(self.dropout(F.gelu(self.dense(x[:, 0]))))
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """``x`` [batch, length, width], ``mask`` [batch, length] of 0 and 1 -> [batch, labels]."""
+        there = mask.unsqueeze(-1).to(x.dtype)
+        mean = (x * there).sum(1) / there.sum(1).clamp(min=1)
+        return self.labels(self.dropout(F.gelu(self.dense(mean))))
 
 
 def _small(module: nn.Module) -> None:

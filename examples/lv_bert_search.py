@@ -48,7 +48,7 @@ class SuperNet(LVBert):
         x = self.embeddings(input_ids)
         for layer, kind in zip(self.layers, self.order, strict=True):
             x = layer[kind](x, attention_mask)  # type: ignore[index]
-        return {"logits": self.head(x)}
+        return {"logits": self.head(x, attention_mask)}
 
     def member(self, order: str) -> LVBert:
         """The LV-BERT of that order, with copies of the weights."""

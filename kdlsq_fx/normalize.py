@@ -99,11 +99,12 @@ def _unfold(node: fx.Node) -> None:
 
     A quantizer is then looked up through the windows: it sees each element once, not once a tap.
     """
-    x, kernel, dilation, padding, stride = node.args
+    args: Any = node.args
+    x, kernel, dilation, padding, stride = args
     chain: list[tuple[Any, tuple[Any, ...]]] = []
-    if any(padding):  # type: ignore[arg-type]
-        chain.append((aten.pad.default, ([padding[1], padding[1], padding[0], padding[0]],)))  # type: ignore[index]
-    for dim, size, apart, step in zip((2, 3), kernel, dilation, stride):  # type: ignore[call-overload]
+    if any(padding):
+        chain.append((aten.pad.default, ([padding[1], padding[1], padding[0], padding[0]],)))
+    for dim, size, apart, step in zip((2, 3), kernel, dilation, stride):
         chain.append((aten.unfold.default, (dim, (size - 1) * apart + 1, step)))
         if apart > 1:
             chain.append((aten.slice.Tensor, (-1, 0, LAST, apart)))
@@ -111,11 +112,11 @@ def _unfold(node: fx.Node) -> None:
     chain += [(aten.flatten.using_ints, (4, 5)), (aten.flatten.using_ints, (1, 3))]
     value: Any = x
     with node.graph.inserting_before(node):
-        for target, args in chain:
-            source, value = value, node.graph.call_function(target, (value, *args))
+        for target, rest in chain:
+            source, value = value, node.graph.call_function(target, (value, *rest))
             value.meta = {k: v for k, v in node.meta.items() if k != "site"}
             with enable_python_dispatcher():  # as torch.export has it: elsewhere a pad would fix free sizes
-                value.meta["val"] = target(source.meta["val"], *args)
+                value.meta["val"] = target(source.meta["val"], *rest)
     _replace(node, value)
 
 
