@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..op import op_of
 from ..report import columns
 from . import native_kernels as kernels
 from . import native_onednn
-from .native_fusions import fuse_all, fuse_linear
+from .native_fusions import FUSIONS, OPEN, Fusion, fuse_all, fuse_linear, fuse_open_linear
 from .native_library import available
 from .native_rules import RULES, Builder, Keep, native_linear, rounds
 
@@ -52,7 +52,8 @@ class NativeModel:
         if self.missing:
             self._warn()
         self.inputs = tuple(str(n.target) for n in gm.graph.find_nodes(op="placeholder"))
-        self.gm, self.rows = translate(gm, fuse=True, own=not self.missing)
+        own = not self.missing
+        self.gm, self.rows = translate(gm, FUSIONS if own else (fuse_linear,), own=own)
         self._open: fx.GraphModule | None = None
 
     def _warn(self) -> None:
@@ -70,7 +71,8 @@ class NativeModel:
     def run(self, inputs: Mapping[str, Any], hook: CodeHook) -> Any:
         """Execute with every rounding op apart; ``hook(site, codes)`` returns what to go on with."""
         if self._open is None:
-            self._open, _ = translate(self.source, fuse=False, own=not self.missing)
+            own = not self.missing
+            self._open, _ = translate(self.source, OPEN if own else (fuse_open_linear,), own=own)
         with torch.no_grad():
             return _Hooked(self._open, hook).run(*(torch.as_tensor(inputs[name]) for name in self.inputs))
 
@@ -96,11 +98,11 @@ class _Hooked(fx.Interpreter):
         return self.hook(site_of(n), result) if n.meta.get("rounds") or rounds(n) else result
 
 
-def translate(gm: fx.GraphModule, *, fuse: bool, own: bool) -> tuple[fx.GraphModule, list[Row]]:
-    """int -> native: kernels where there are any. ``fuse``: also where a code is then seen by nobody; ``own``: the
-    kernels of backends/kernels, else products alone, in oneDNN."""
+def translate(gm: fx.GraphModule, fusions: Sequence[Fusion], *, own: bool) -> tuple[fx.GraphModule, list[Row]]:
+    """int -> native: kernels where there are any. ``own``: the kernels of backends/kernels, else products alone, in
+    oneDNN."""
     build, why = Builder(gm, kernels.linear if own else native_onednn.linear), dict[fx.Node, str]()
-    fuse_all(build, hide=fuse, only=None if own else fuse_linear)
+    fuse_all(build, fusions)
     for node in list(build.graph.nodes):
         op = op_of(node)
         rule = RULES.get(op) if op is not None and node.users else None

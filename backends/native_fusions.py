@@ -1,12 +1,13 @@
 """Neighbours of an integer graph that one native kernel computes. Each fusion: ``before -> after`` in its first line.
 
-A fusion that hides a code (``hide``) is left out where someone wants to see all of them (``compare``).
+``FUSIONS`` hide some codes from view; ``OPEN`` hide none, for whoever wants to see all of them (``compare``).
 """
 
 from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from ..integer_only import dtype_of
 from ..op import op_of
 from . import native_kernels as kernels
 from .native_rules import Builder, Keep, args_of, fixed_of, grid_of, linear_of, norm_of, sides_of, sum_of, whole_of
+
+Fusion = Callable[[Builder, fx.Node], None]
 
 
 def name_of(node: Any) -> str:
@@ -32,13 +35,9 @@ def only_user(node: fx.Node, name: str) -> fx.Node | None:
     return users[0] if users[0].args and users[0].args[0] is node else None
 
 
-def fuse_all(build: Builder, *, hide: bool, only: Any = None) -> None:
-    """Every fusion (or ``only`` one) at every node; what a fusion refuses stays as it is, for the rules."""
-    passes: list[Any] = [fuse_attention, fuse_sum_norm] if hide else []
-    passes = [*passes, functools.partial(fuse_linear, hide=hide), fuse_norm, fuse_softmax]
-    if only is not None:
-        passes = [functools.partial(only, hide=hide)]
-    for fuse in passes:
+def fuse_all(build: Builder, fusions: Sequence[Fusion]) -> None:
+    """Every fusion at every node; what a fusion refuses stays as it is, for the rules."""
+    for fuse in fusions:
         for node in list(build.graph.nodes):
             if not node.users:
                 continue
@@ -48,7 +47,7 @@ def fuse_all(build: Builder, *, hide: bool, only: Any = None) -> None:
                 continue
 
 
-def fuse_linear(build: Builder, node: fx.Node, hide: bool) -> None:
+def fuse_linear(build: Builder, node: fx.Node, hide: bool = True) -> None:
     """int_linear, requantize [, lookup] | dequantize [, add] | dequantize, gelu, quantize -> one kernel"""
     if name_of(node) != "int_linear":
         return
@@ -213,3 +212,8 @@ def _float_softmax(build: Builder, node: fx.Node) -> tuple[fx.Node, float, Any] 
         return None
     last = only_user(soft, "quantize")
     return None if last is None else (last, float(scale), mask)
+
+
+fuse_open_linear = functools.partial(fuse_linear, hide=False)
+OPEN: tuple[Fusion, ...] = (fuse_open_linear, fuse_norm, fuse_softmax)
+FUSIONS: tuple[Fusion, ...] = (fuse_attention, fuse_sum_norm, fuse_linear, fuse_norm, fuse_softmax)

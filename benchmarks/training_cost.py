@@ -29,6 +29,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "training_cost"
 SIZES = {
@@ -42,6 +44,21 @@ CUDA = (*CPU, "fp32 bf16", "qat bf16", "qat+KD bf16")
 GLIBC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 
 
+class Given:
+    """One batch, as a :class:`kdlsq_fx.train.Source`."""
+
+    fingerprint = ""
+
+    def __init__(self, batch: dict[str, Any]) -> None:
+        self.given = batch
+
+    def order(self, **_: Any) -> list[np.ndarray]:
+        return []
+
+    def batch(self, rows: np.ndarray, *, part: slice = slice(None)) -> dict[str, Any]:
+        return self.given
+
+
 def variants(size: dict[str, int], device: str, batch: int, length: int, preset: str) -> dict[str, Callable[[], Any]]:
     """Functions that make one step, by name. The student of qat and of qat+KD is one model."""
     import torch
@@ -49,6 +66,7 @@ def variants(size: dict[str, int], device: str, batch: int, length: int, preset:
 
     import kdlsq_fx as kq
     from kdlsq_fx import fused, train
+    from kdlsq_fx.watching import Stop
 
     torch.manual_seed(0)
     config = BertConfig(**{"num_attention_heads": 12, **size})
@@ -87,7 +105,8 @@ def variants(size: dict[str, int], device: str, batch: int, length: int, preset:
         module = {"fp32": lambda: model, "qat": student, "qat+KD": distiller}[kind]()
         of = "fp32" if kind == "fp32" else "qat"
         own = optimizer(of)
-        train._step(module.train(), own, given, 0.0, precision, 0, Path())
+        loss = train._Loss(module.train(), precision)
+        train._step(loss, own, Given(given), np.arange(batch), 0.0, Stop(), "")
         wait()
 
     def teach() -> None:

@@ -15,6 +15,7 @@ from kdlsq_fx import data, fused, train
 from kdlsq_fx.api import convert, prepare_qat
 from kdlsq_fx.calibration import calibrate, param_groups
 from kdlsq_fx.distillation import distill
+from kdlsq_fx.watching import Stop
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 STEPS = 12
@@ -73,17 +74,17 @@ def test_loss_curve_is_the_cpus(preset: str, dataset: data.Dataset, tmp_path: Pa
 
 
 @pytest.mark.parametrize("preset", ["W4E4A8", "W2E2A8-lsq+"])
-def test_a_step_waits_for_the_gpu_once(preset: str, dataset: data.Dataset, tmp_path: Path) -> None:
+def test_a_step_waits_for_the_gpu_once(preset: str, dataset: data.Dataset) -> None:
     kd = distiller(dataset, preset).to("cuda").train()
-    optimizer = torch.optim.AdamW(kd.parameters(), lr=1e-3, fused=True)
+    loop, optimizer = train._Loss(kd, "fp32"), torch.optim.AdamW(kd.parameters(), lr=1e-3, fused=True)
     rows = dataset.train.order(batch_size=8, seed=0, epoch=0)
     for _ in range(2):  # kernels are built, readiness is looked at
-        train._step(kd, optimizer, dataset.train.batch(rows[0]), 1.0, "fp32", 0, tmp_path)
+        train._step(loop, optimizer, dataset.train, rows[0], 1.0, Stop(), "")
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            train._step(kd, optimizer, dataset.train.batch(rows[1]), 1.0, "fp32", 1, tmp_path)
+            train._step(loop, optimizer, dataset.train, rows[1], 1.0, Stop(), "")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [w for w in seen if "synchronizing" in str(w.message)]
