@@ -2,10 +2,10 @@
 
     python benchmarks/native_steps.py [--models minilm] [--shapes 1x128] [--rounds 7]
 
-Every step is a process that keeps its model; they are asked in turn, one batch a turn, so that the machine's moods reach
-all of them. ms: median over the rounds of the medians of a turn. ``ceiling``: what the multiply-adds of the dense layers
-and of attention take at the rate of vpdpbusd on registers alone, measured in the same turns; ``of it`` is how much of
-that rate a step reaches, all that is not a product counted as lost.
+Every step is a process that keeps its model; they are asked in turn, so that the machine's moods reach all of them. ms:
+median over the rounds of the medians of a turn (least to largest). ``ceiling``: what the multiply-adds of the dense
+layers and of attention take at the rate of vpdpbusd on registers alone, measured in the same turns; ``of it`` is how
+much of that rate a step reaches, all that is not a product counted as lost.
 """
 
 from __future__ import annotations

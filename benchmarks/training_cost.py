@@ -59,8 +59,11 @@ class Given:
         return self.given
 
 
-def variants(size: dict[str, int], device: str, batch: int, length: int, preset: str) -> dict[str, Callable[[], Any]]:
-    """Functions that make one step, by name. The student of qat and of qat+KD is one model."""
+def variants(
+    size: dict[str, int], device: str, batch: int, length: int, preset: str, *, only: str = ""
+) -> dict[str, Callable[[], Any]]:
+    """Functions that make one step, by name. The student of qat and of qat+KD is one model. Where ``only`` qat is asked,
+    the float model is let go after ``prepare_qat``, as a user without a teacher would."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -76,23 +79,26 @@ def variants(size: dict[str, int], device: str, batch: int, length: int, preset:
     mask = (torch.arange(length) < torch.linspace(length / 4, length, batch).long().unsqueeze(1)).long()
     given = {"input_ids": ids, "attention_mask": mask, "labels": torch.randint(0, 2, (batch,))}
     unlabelled = {k: v for k, v in given.items() if k != "labels"}
-    made: dict[str, Any] = {}
+    made: dict[str, Any] = {"model": model}
+    del model
 
     def student() -> Any:
         if "qat" not in made:
-            made["qat"] = kq.prepare_qat(model, preset)
+            made["qat"] = kq.prepare_qat(made["model"], preset)
             kq.calibrate(made["qat"], [{k: v[:8] for k, v in unlabelled.items()}], progress=False)
             made["qat"].to(device)
+            if only.split(" ", maxsplit=1)[0] == "qat":
+                del made["model"]
         return made["qat"]
 
     def distiller() -> Any:
         if "kd" not in made:
-            made["kd"] = kq.distill(student(), model).to(device)
+            made["kd"] = kq.distill(student(), made["model"]).to(device)
         return made["kd"]
 
     def optimizer(of: str) -> Any:
         if f"{of} optimizer" not in made:
-            module = model.to(device) if of == "fp32" else student()
+            module = made["model"].to(device) if of == "fp32" else student()
             made[f"{of} optimizer"] = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
         return made[f"{of} optimizer"]
 
@@ -102,7 +108,7 @@ def variants(size: dict[str, int], device: str, batch: int, length: int, preset:
 
     def step(kind: str, precision: str, on: bool) -> None:
         fused.use(on)
-        module = {"fp32": lambda: model, "qat": student, "qat+KD": distiller}[kind]()
+        module = {"fp32": lambda: made["model"], "qat": student, "qat+KD": distiller}[kind]()
         of = "fp32" if kind == "fp32" else "qat"
         own = optimizer(of)
         loss = train._Loss(module.train(), precision)
@@ -167,7 +173,7 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
     """Peak MiB of three steps of one variant: of the process on the CPU, of torch's allocator on CUDA."""
     import torch
 
-    step = variants(json.loads(args.size), args.device, args.batch, args.length, args.preset)[args.only]
+    step = variants(json.loads(args.size), args.device, args.batch, args.length, args.preset, only=args.only)[args.only]
     for _ in range(3):
         step()
     if args.device == "cuda":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .errors import InputError
 from .losses import loss_for
 from .lowering import Island
 from .qconfig import QConfig
+from .recompute import recomputing
 
 LABELS = ("labels", "start_positions", "end_positions")
 SWITCHES = ("output_attentions", "output_hidden_states")
@@ -68,7 +70,8 @@ class QuantModel(nn.Module):
         """Call the graph. Raises InputError for ids outside the vocabulary, sequences longer than the positions, NaN,
         and arguments that were not captured. ``return_dict=False`` gives the output's fields as a tuple."""
         labels, inputs = self.split(*args, **kwargs)
-        flat = self.gm(*(inputs[name] for name in self.input_names))
+        with recomputing() if self.training else nullcontext():
+            flat = self.gm(*(inputs[name] for name in self.input_names))
         return self.answer(self.pack(flat, labels), kwargs)
 
     def answer(self, output: Any, kwargs: dict[str, Any]) -> Any:

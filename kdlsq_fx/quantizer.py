@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kdlsq_fx import fused
+from kdlsq_fx import fused, recompute
 from kdlsq_fx.errors import CalibrationError, ConfigError
 from kdlsq_fx.fused_grid import Grid
 from kdlsq_fx.observer import Observer
@@ -203,12 +204,20 @@ class Lsq(nn.Module):
             self._observer.add(x, where=self.site)
             return x
         self.check_ready()
-        if self.training:
-            out = self._fused(x)
-            if out is not None:
-                return out
+        if not self.training:
+            return self._fake_quantize(x.to(self.raw.dtype))
+        out = self._trained(x)
+        if self.grid is not None:  # others follow running statistics, and would not give the same again
+            recompute.note(out, partial(self._trained, x.detach()))
+        return out
+
+    def _trained(self, x: Tensor) -> Tensor:
+        """The forward of training, by a fused kernel where one serves."""
+        out = self._fused(x)
+        if out is None:
             self._project()
-        return self._fake_quantize(x.to(self.raw.dtype))
+            out = self._fake_quantize(x.to(self.raw.dtype))
+        return out
 
     def _fused(self, x: Tensor) -> Tensor | None:
         """:meth:`_project` and :meth:`_fake_quantize` in one pass over ``x``, or None where no kernel serves."""
