@@ -62,8 +62,8 @@ class Given:
 def variants(
     size: dict[str, int], device: str, batch: int, length: int, preset: str, *, only: str = ""
 ) -> dict[str, Callable[[], Any]]:
-    """Functions that make one step, by name. The student of qat and of qat+KD is one model. Where ``only`` qat is asked,
-    the float model is let go after ``prepare_qat``, as a user without a teacher would."""
+    """Functions that make one step, by name. The student of qat and of qat+KD is one model; where ``only`` qat is
+    asked, the float model is let go after ``prepare_qat``, as a user without a teacher would."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
