@@ -146,7 +146,8 @@ def write_report(seed: int) -> None:
     lines = [
         "# MiniLM on GLUE",
         "",
-        "Written by `benchmarks/glue.py`. Points on all of dev, ± standard error. By task: accuracy (RTE, SST-2),",
+        "Written by `benchmarks/glue.py`. Points on dev (of SST-2, CoLA and STS-B one half of the official one),",
+        "± standard error. By task: accuracy (RTE, SST-2),",
         "mean of accuracy and F1 (MRPC), Matthews (CoLA), mean of Pearson and Spearman (STS-B).",
         f"`vs fp32`: difference of the means, ± a paired bootstrap error. Seed {seed}.",
         "",

@@ -52,7 +52,11 @@ GLUE = {
     "rte": Task(name="rte", metric="accuracy"),
     "qnli": Task(name="qnli", metric="accuracy"),
     "stsb": Task(name="stsb", metric="pearson_spearman", labels=()),
+    "mnli": Task(name="mnli", metric="accuracy", labels=("0", "1", "2")),
+    "wnli": Task(name="wnli", metric="accuracy"),
 }
+INFERENCE = ("entailment", "not_entailment")
+WORDS = {"rte": INFERENCE, "qnli": INFERENCE, "mnli": ("entailment", "neutral", "contradiction")}  # classes 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -250,7 +254,8 @@ def task_of(name: str, rows: Rows) -> Task:
     """The GLUE task of that name, or one made from the columns: ``score`` means regression, else the classes found."""
     known = GLUE.get(name.lower().replace("-", "").replace("_", ""))
     if known is not None and known.regression == (rows.column == "score"):
-        return known
+        words = WORDS.get(known.name, ())
+        return replace(known, labels=words) if words and set(rows.target) <= set(words) else known
     if rows.column == "score":
         return Task(name=name, metric="pearson_spearman", labels=())
     found = set(rows.target)

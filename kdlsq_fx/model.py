@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class QuantModel(nn.Module):
 
     def __init__(self, captured: Captured, model: nn.Module | None, qconfig: QConfig) -> None:
         super().__init__()
+        self.register_state_dict_post_hook(_leave_out_ties)
+        self.register_load_state_dict_pre_hook(_fill_in_ties)
         self.gm = captured.gm
         self.qconfig = qconfig
         self.config = getattr(model, "config", None)
@@ -272,6 +274,26 @@ def wrap(captured: Captured, model: nn.Module | None, qconfig: QConfig) -> Quant
     made = cls(captured, model, qconfig)
     first = next(model.parameters(), None) if model is not None else None
     return made if first is None else made.to(first.device)
+
+
+def _ties(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(a name, an earlier name of the same parameter or buffer): the decoder of a masked-LM head is its embedding."""
+    first: dict[int, str] = {}
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        if first.setdefault(id(tensor), name) != name:
+            yield name, first[id(tensor)]
+
+
+def _leave_out_ties(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """safetensors, and so the Trainer, refuse a state in which two names share memory."""
+    for name, _source in _ties(model):
+        state.pop(prefix + name, None)
+
+
+def _fill_in_ties(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, source in _ties(model):
+        if prefix + source in state:
+            state.setdefault(prefix + name, state[prefix + source])
 
 
 def _loose(signature: inspect.Signature) -> list[inspect.Parameter]:

@@ -100,6 +100,11 @@ class Rule:
                 raise ConfigError(
                     f"rule: {key}={getattr(self, key)!r} is not a QSpec", do="use QSpec(bits=...) or None"
                 )
+        for key in ("weight", "act"):
+            spec = getattr(self, key)
+            if spec is not None and spec.bits not in range(2, 9):
+                what = f"rule: {key} has {spec.bits} bits"
+                raise ConfigError(what, do="use 2 to 8; more are for wide operands of the integer placement alone")
         if type(self.optional) is not bool:
             raise ConfigError(f"rule: optional={self.optional!r} is not true or false", do="use true or false")
         for key in ("site", "op"):
@@ -150,6 +155,10 @@ class QConfig:
             raise ConfigError(f"name={self.name!r} is not a string")
         _one_of("placement", self.placement, PLACEMENTS)
         _one_of("heads", self.heads, HEADS)
+        chosen = next((r for r in self.rules if r.nonlinear and self.placement == "kdlsq"), None)
+        if chosen is not None:
+            what = f"rule (site={chosen.site!r}, op={chosen.op!r}) asks for nonlinear={chosen.nonlinear!r}"
+            raise ConfigError(what + ", and nothing non-linear is integer here", do='use placement="integer"')
 
     def find(self, site: str, op: str) -> Rule | None:
         """The first rule that fits this site and op name; None: nothing is quantized there."""
@@ -159,15 +168,30 @@ class QConfig:
         """The same config with these rules in front, so that they win."""
         return replace(self, rules=(*rules, *self.rules), name=self.name if not rules else f"{self.name}+rules")
 
-    def unmatched(self, sites: Iterable[tuple[str, str]]) -> tuple[Rule, ...]:
-        """Rules, but for optional ones, that fit none of these (site, op name) pairs."""
+    def idle(self, sites: Iterable[tuple[str, str]]) -> dict[Rule, Rule | None]:
+        """Rules, but for optional ones, that decide none of these (site, op name) pairs: each with the rule in front
+        of it that took the first pair it fits, or None where it fits none."""
         pairs = list(sites)
-        return tuple(r for r in self.rules if not r.optional and not any(r.matches(s, op) for s, op in pairs))
+        winners = {pair: self.find(*pair) for pair in pairs}
+        idle: dict[Rule, Rule | None] = {}
+        for index, rule in enumerate(self.rules):
+            fits = [pair for pair in pairs if rule.matches(*pair)]
+            twice = rule in self.rules[:index]
+            if not rule.optional and (twice or not any(winners[pair] == rule for pair in fits)):
+                idle[rule] = winners[fits[0]] if fits else None
+        return idle
 
     def check_matches(self, sites: Iterable[tuple[str, str]]) -> None:
-        """ConfigError for the first rule that fits nothing; it lists the sites nearest to the rule's glob."""
+        """ConfigError for the first rule that decides nothing: it names the rule in front of it, or lists the sites
+        nearest to its glob."""
         pairs = list(sites)
-        for rule in self.unmatched(pairs):
+        for rule, winner in self.idle(pairs).items():
+            if winner is not None:
+                raise ConfigError(
+                    f"rule (site={rule.site!r}, op={rule.op!r}) never wins: (site={winner.site!r}, op={winner.op!r}) "
+                    "stands in front of it",
+                    do="put the narrower rule first, or drop one of them",
+                )
             same_op = [s for s, op in pairs if _component(rule.op).fullmatch(op)]
             names = same_op or [s for s, _ in pairs]
             near = get_close_matches(rule.site, names, n=5, cutoff=0.3) or names[:5]

@@ -1,7 +1,9 @@
 """Labelled text as files: TSV or JSONL in GLUE's layout, or a ``datasets`` name.
 
 A data set is a folder with ``train.tsv[.gz]`` (or ``.jsonl[.gz]``) and ``dev.tsv[.gz]``. TSV: one header line, tab
-separated, no quoting. Columns: ``sentence[, sentence2]`` (or others of ``TEXT_COLUMNS``), ``label`` or ``score``.
+separated, no quoting. Columns: ``sentence[, sentence2]`` (or others of ``TEXT_COLUMNS``), ``label`` or ``score`` (or
+others of ``TARGETS``). The files of all GLUE tasks are read as they are published: MNLI's dev is ``dev_matched``,
+CoLA's files have no header.
 """
 
 from __future__ import annotations
@@ -22,9 +24,12 @@ TEXT_COLUMNS = (
     ("question1", "question2"),
     ("question", "sentence"),
     ("premise", "hypothesis"),
+    ("#1 String", "#2 String"),
     ("sentence",),
     ("text",),
 )
+TARGETS = ("score", "gold_label", "label", "is_duplicate", "Quality")  # MNLI's dev has label1, ... besides
+COLA = ("source", "label", "original", "sentence")
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ def read(source: str | Path) -> tuple[Rows, Rows, str]:
 
 def find_split(folder: Path, split: str) -> Path:
     """``<split>.tsv[.gz]`` or ``<split>.jsonl[.gz]`` in the folder."""
-    names = [split + end for end in (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")]
+    stems = (split, "dev_matched") if split == "dev" else (split,)
+    names = [stem + end for stem in stems for end in (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")]
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
         raise InputError(f"no {split} file", where=str(folder), do=f"add one of {', '.join(names)}")
@@ -74,7 +80,7 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 text file, gzipped or not; InputError where it cannot be read."""
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         raise InputError(f"cannot be read ({e})", where=str(path), do="check that it is whole, and UTF-8 text") from e
     return [line.rstrip("\r") for line in text.split("\n")]  # not splitlines: a form feed is a plain character
@@ -82,7 +88,10 @@ def read_lines(path: Path) -> list[str]:
 
 def parse_tsv(lines: list[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     header = lines[0].split("\t") if lines else []
-    for number, line in enumerate(lines[1:], 2):
+    bare = len(header) == len(COLA) and header[1] in ("0", "1") and header[2] in ("", "*")
+    if bare:
+        header = list(COLA)
+    for number, line in enumerate(lines if bare else lines[1:], 1 if bare else 2):
         if not line:
             continue
         cells = line.split("\t")
@@ -112,7 +121,7 @@ def to_rows(numbered: Iterator[tuple[int, dict[str, Any]]], source: str, *, labe
         raise InputError("no rows", where=source, do="a header line and at least one row are needed")
     keys = found[0][1].keys()
     columns = next((c for c in TEXT_COLUMNS if all(k in keys for k in c)), None)
-    target = next((c for c in ("score", "label") if c in keys), None) if labelled else ""
+    target = next((c for c in TARGETS if c in keys), None) if labelled else ""
     if columns is None or target is None:
         do = "name the columns sentence[, sentence2]" + (" and label (classes) or score (a number)" if labelled else "")
         raise InputError(f"columns are {', '.join(map(repr, keys))}", where=source, do=do)

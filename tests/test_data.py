@@ -204,3 +204,48 @@ def test_row_counts_of_glue(name: str, train: int, dev: int) -> None:
     assert (len(a), len(b)) == (train, dev)
     task = data.task_of(name, a)
     assert task is data.GLUE[name] and len(data.targets(a, task)) == train
+
+
+OFFICIAL = {  # header (or none) and two rows of each task as published, with words of our own
+    "cola": ("train", "", ["aa01\t1\t\tA cat sat.", "aa01\t0\t*\tA cat sit."], [1, 0]),
+    "mrpc": (
+        "train", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", ["1\t7\t8\tOne.\tTwo.", "0\t9\t3\tTwo.\tSix."], [1, 0],
+    ),
+    "qqp": (
+        "train", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+        ["0\t1\t2\tWho?\tWhy?\t0", "1\t3\t4\tA?\tA?\t1"], [0, 1],
+    ),
+    "rte": (
+        "train", "index\tsentence1\tsentence2\tlabel",
+        ["0\tA.\tB.\tnot_entailment", "1\tA.\tA.\tentailment"], [1, 0],
+    ),
+    "qnli": (
+        "train", "index\tquestion\tsentence\tlabel",
+        ["0\tA?\tB.\tentailment", "1\tA?\tA.\tnot_entailment"], [0, 1],
+    ),
+    "wnli": ("train", "index\tsentence1\tsentence2\tlabel", ["0\tA.\tB.\t1", "1\tA.\tA.\t0"], [1, 0]),
+    "sst2": ("train", "sentence\tlabel", ["fine\t1", "poor\t0"], [1, 0]),
+    "stsb": (
+        "train",
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+        ["0\tg\tf\t2012\t1\tn\tn\tA.\tB.\t5.0", "1\tg\tf\t2012\t2\tn\tn\tA.\tC.\t1.5"], [5.0, 1.5],
+    ),
+    "mnli": (
+        "dev_matched",
+        "index\tpromptID\tgenre\tsentence1\tsentence2\tlabel1\tgold_label",
+        ["0\t1\tg\tA.\tB.\tneutral\tcontradiction", "1\t2\tg\tA.\tA.\tneutral\tentailment"], [2, 0],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", OFFICIAL)
+def test_glue_is_read_as_it_is_published(tmp_path: Path, task: str) -> None:
+    split, header, lines, labels = OFFICIAL[task]
+    text = "\n".join([*([header] if header else []), *lines]) + "\n"
+    (tmp_path / f"{split}.tsv").write_text("\ufeff" * (task == "mrpc") + text, encoding="utf-8")
+    found = rows.read_file(rows.find_split(tmp_path, split.split("_")[0]))
+    made = data.task_of(task, found)
+    assert made.metric == data.GLUE[task].metric and made.outputs == data.GLUE[task].outputs
+    assert data.targets(found, made).tolist() == labels
+    assert found.first[0].split()[0].strip(".?") in ("A", "One", "Who", "fine")
+    assert (found.second is None) == (task in ("cola", "sst2"))

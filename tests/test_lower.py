@@ -105,17 +105,18 @@ class Net(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
-def net(weight: QSpec, act: QSpec) -> Any:
+def net(weight: QSpec, act: QSpec, features: int = 64) -> Any:
     torch.manual_seed(0)
-    x = torch.randn(4, 64)
+    x = torch.randn(4, features)
     rules = [Rule(op="linear", weight=weight, act=act), Rule(op="relu", act=act)]
-    qat = prepare_qat(Net(), rules, example=(x,))
+    qat = prepare_qat(Net(features), rules, example=(x,))
     calibrate(qat, [(x,)])
     return qat.eval(), x
 
 
 def test_an_accumulator_that_can_overflow_is_refused_by_site_and_bound() -> None:
-    qat, _ = net(weight=QSpec(bits=8), act=QSpec(bits=22))
+    wide, lsq = 2**17 + 64, QSpec(bits=8, quantizer="lsq")  # (-128) * (-128) * 2**17 is 2**31
+    qat, _ = net(weight=lsq, act=lsq, features=wide)
     with pytest.raises(LoweringError, match=r"its bound is \d{10,}") as caught:
         convert(qat)
     assert caught.value.where == "first/linear"

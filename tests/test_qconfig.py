@@ -132,7 +132,7 @@ def test_presets_name_bits_quantizer_and_placement(digits, suffix):
     assert (linear.spec("weight").bits, linear.spec("act").bits, table.spec("weight").bits) == (w, a, e)
     assert {s.quantizer for s in (linear.weight, linear.act, table.weight)} == {kind}
     assert (config.find(*SITES[2]).is_float) is not integer
-    assert config.unmatched([]) == () and QConfig.from_json(config.to_json()) == config
+    assert config.idle([]) == {} and QConfig.from_json(config.to_json()) == config
     assert all(rule.why for rule in config.rules)
 
 
@@ -220,7 +220,7 @@ rules = st.builds(
     config=st.builds(
         QConfig,
         rules=st.lists(rules, max_size=4).map(tuple),
-        placement=st.sampled_from(["kdlsq", "integer"]),
+        placement=st.just("integer"),
         heads=st.sampled_from(["float", "quantized"]),
         name=st.text(),
     )
@@ -267,9 +267,36 @@ def test_what_is_no_object_is_refused(text):
 def test_rules_without_match_list_the_sites_nearby():
     wrong = Rule(site="bert.encoder.layer.3.attention.self.qery/linear", op="linear", weight=QSpec(bits=8))
     config = preset("W2E2A8").with_rules(wrong)
-    assert config.unmatched(SITES) == (wrong,)
+    assert config.idle(SITES) == {wrong: None}
     with pytest.raises(ConfigError, match=r"self\.query/linear"):
         config.check_matches(SITES)
     with pytest.raises(ConfigError, match="no op 'conv9d' here"):
         resolve(Rule(op="conv9d", act=QSpec(bits=8))).check_matches(SITES)
     preset("W2E2A8").check_matches([])  # a preset's rules may match nothing
+
+
+def test_a_rule_that_never_wins_names_the_one_in_front():
+    first, second = (
+        Rule(site="bert.**", act=QSpec(bits=8)),
+        Rule(op="linear", site="bert.encoder.**", weight=QSpec(bits=2)),
+    )
+    config = QConfig(rules=(first, second))
+    assert config.idle(SITES) == {second: first}
+    with pytest.raises(ConfigError, match=r"never wins: \(site='bert\.\*\*', op='\*'\) stands in front"):
+        config.check_matches(SITES)
+    QConfig(rules=(second, first)).check_matches(SITES)
+    preset("W2E2A8").with_rules(Rule()).check_matches(SITES)  # a preset's own rules may lose everywhere
+    with pytest.raises(ConfigError, match="never wins"):  # said twice
+        QConfig(rules=(first, first)).check_matches(SITES)
+
+
+def test_forms_of_the_integer_placement_are_refused_elsewhere():
+    with pytest.raises(ConfigError, match="nothing non-linear is integer here"):
+        preset("W8E8A8").with_rules(Rule(op="gelu", nonlinear="polynomial"))
+
+
+@pytest.mark.parametrize("operand", ["weight", "act"])
+def test_more_than_8_bits_are_for_wide_operands(operand):
+    with pytest.raises(ConfigError, match=f"{operand} has 16 bits"):
+        Rule(**{operand: QSpec(bits=16)})
+    assert Rule(wide=QSpec(bits=16)).wide.bits == 16

@@ -55,6 +55,33 @@ def test_the_trainer_trains_saves_and_evaluates(tmp_path, distilled):
 
 
 @pytest.mark.parametrize("distilled", [False, True])
+def test_tied_weights_are_saved_once_and_resumed(tmp_path, distilled):
+    from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
+
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 1}
+
+    def trained(resume):
+        torch.manual_seed(0)
+        teacher = BertForMaskedLM(BertConfig(vocab_size=99, **sizes)).eval()
+        qat = kq.prepare_qat(teacher, "W4E4A8")
+        data = [{**r, "labels": r["input_ids"]} for r in rows()]
+        kq.calibrate(qat, [{k: torch.stack([r[k] for r in data[:8]]) for k in ("input_ids", "attention_mask")}])
+        model = kq.distill(qat, teacher, gold=1.0) if distilled else qat
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=8, report_to=[], use_cpu=True,
+            save_steps=2, logging_steps=1, learning_rate=1e-3, disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=arguments, train_dataset=data)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
+        return qat.state_dict()
+
+    whole, resumed = trained(False), trained(True)
+    assert len({t.data_ptr() for t in whole.values() if t.numel()}) == len([t for t in whole.values() if t.numel()])
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, msg=name)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
 def test_accumulated_steps_are_steps_on_the_whole_batch(tmp_path, distilled):
     """The loss is a mean over the batch: the Trainer has to divide it by the number of steps it accumulates."""
     from transformers import Trainer, TrainingArguments
