@@ -60,7 +60,7 @@ class _Notes:
         whole = None if made is None else made.tensor()
         if made is None or whole is None or whole.dtype != tensor.dtype:  # the address may be another tensor's by now
             return tensor
-        return _View(made, tuple(tensor.size()), tensor.stride(), tensor.storage_offset())
+        return _View(made, tuple(tensor.size()), tensor.stride(), int(tensor.storage_offset()))
 
 
 def _unpack(kept: Tensor | _View) -> Tensor:
