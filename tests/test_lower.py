@@ -115,8 +115,8 @@ def net(weight: QSpec, act: QSpec, features: int = 64) -> Any:
 
 
 def test_an_accumulator_that_can_overflow_is_refused_by_site_and_bound() -> None:
-    wide, lsq = 2**17 + 64, QSpec(bits=8, quantizer="lsq")  # (-128) * (-128) * 2**17 is 2**31
-    qat, _ = net(weight=lsq, act=lsq, features=wide)
+    spec = QSpec(bits=8, quantizer="minmax")  # uniform weights: codes of 63 in the mean, 63 * 127 * 2**19 > 2**31
+    qat, _ = net(weight=spec, act=spec, features=2**19)
     with pytest.raises(LoweringError, match=r"its bound is \d{10,}") as caught:
         convert(qat)
     assert caught.value.where == "first/linear"
