@@ -2,7 +2,7 @@
 
     python examples/lv_bert_search.py DATA [--depth 6] [--steps 600] [--mib 1.0] [--qconfig W8E8A8-int]
 
-``DATA`` has ``sst2/train.tsv(.gz)``, ``sst2/dev.tsv`` and ``vocab/bert-base-uncased-vocab.txt``. A supernet holds all
+``DATA`` has ``sst2/train.tsv(.gz)``, ``sst2/dev.tsv`` and ``vocab/bert-base-uncased-tokenizer.json``. A supernet holds all
 three kinds of sub-layer at every position and is trained with random orders. A table says what a kind at a position
 costs in loss: the mean over random orders that have it there, on sentences held out from training. The exact search of
 kdlsq_fx/family_search.py (kinds stand for its widths) proposes orders within a budget of bytes; the best few are run,
@@ -25,7 +25,7 @@ from lv_bert import KINDS, LVBert, LVBertConfig, SubLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import BertTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import kdlsq_fx as kq
 from kdlsq_fx.family import Member
@@ -82,7 +82,7 @@ def read(path: Path) -> tuple[list[str], Tensor]:
 class Sentences:
     """Encoded sentences with labels, in batches."""
 
-    def __init__(self, tokenizer: BertTokenizerFast, texts: list[str], labels: Tensor) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, texts: list[str], labels: Tensor) -> None:
         coded = tokenizer(texts, padding=True, truncation=True, max_length=48, return_tensors="pt")
         self.inputs, self.labels = {k: coded[k] for k in ("input_ids", "attention_mask")}, labels
 
@@ -155,7 +155,8 @@ def main() -> None:
     parser.add_argument("--qconfig", default="W8E8A8-int")
     args = parser.parse_args()
     torch.manual_seed(0)
-    tokenizer = BertTokenizerFast(vocab_file=str(args.data / "vocab" / "bert-base-uncased-vocab.txt"))
+    words = str(args.data / "vocab" / "bert-base-uncased-tokenizer.json")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=words, pad_token="[PAD]", unk_token="[UNK]")
     texts, labels = read(args.data / "sst2" / "train.tsv.gz")
     held = len(texts) - 512
     learn = Sentences(tokenizer, texts[:held], labels[:held])
