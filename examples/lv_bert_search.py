@@ -1,10 +1,10 @@
 """Search the order of an LV-BERT's sub-layers on SST-2, then train the one found with quantizers.
 
-    python examples/lv_bert_search.py DATA [--depth 6] [--steps 600] [--mib 1.0] [--qconfig W8E8A8-int]
+    python examples/lv_bert_search.py DATA [--depth 6] [--steps 600] [--mib 8.0] [--qconfig W8E8A8-int]
 
-``DATA`` has ``sst2/train.tsv(.gz)``, ``sst2/dev.tsv`` and ``vocab/bert-base-uncased-tokenizer.json``. A supernet holds all
-three kinds of sub-layer at every position and is trained with random orders. A table says what a kind at a position
-costs in loss: the mean over random orders that have it there, on sentences held out from training. The exact search of
+``DATA`` has ``sst2/train.tsv.gz``, ``sst2/dev.tsv`` and ``vocab/bert-base-uncased-tokenizer.json``. A supernet holds
+all three kinds of sub-layer at every position and is trained with random orders. A table says what a kind at a position
+adds to the loss: least squares over random orders, on sentences held out from training. The exact search of
 kdlsq_fx/family_search.py (kinds stand for its widths) proposes orders within a budget of bytes; the best few are run,
 and the winner goes on with the supernet's weights through ``prepare_qat`` and ``convert``.
 """
