@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kdlsq_fx.errors import CheckpointError
+from kdlsq_fx.errors import CheckpointError, TrainingError
 from kdlsq_fx.files import FORMAT, make_folder, read_json, read_tensors, write_json, write_tensors
 
 RUN = "run.json"
@@ -27,11 +27,15 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, run: dict[str, Any]) -> None:
     """Write a whole checkpoint, then drop the one before. ``run`` holds JSON values, among them ``step`` and ``done``;
-    a run that is done needs no optimizer state any more. CheckpointError where it cannot be written; the checkpoint
-    before is then still whole."""
+    a run that is done needs no optimizer state any more. CheckpointError where it cannot be written, TrainingError
+    where a weight is not finite; the checkpoint before is then still whole."""
     make_folder(folder)
     name = f"state-{run['step']}.safetensors"
     tensors = {key: value.detach().cpu() for key, value in _state(model, optimizer, run["done"])}
+    bad = next((k for k, v in tensors.items() if k.startswith("model/") and not bool(torch.isfinite(v).all())), None)
+    if bad is not None:
+        do = "lower the learning rate; what was saved before is still there, run again to go on from it"
+        raise TrainingError(f"{bad.removeprefix('model/')} is not finite", where=f"step {run['step']}, {folder}", do=do)
     write_tensors(folder / name, tensors)
     write_json(folder / RUN, {**run, "format": FORMAT, "state": name})
     for old in folder.glob("state-*.safetensors"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,7 +36,12 @@ def make_folder(path: str | Path) -> Path:
 
 
 def write_atomic(path: Path, write: Callable[[str], Any]) -> None:
-    """``write(temporary name)``, then rename over ``path``: the old file stays whole until the new one is."""
+    """``write(temporary name)``, then rename over ``path``: the old file stays whole until the new one is.
+
+    CheckpointError where that cannot be done, or where something other than a file (a folder, a device) stands there.
+    """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"cannot write {path}: it is no plain file", do="give the name of a file")
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
@@ -54,6 +60,28 @@ def write_atomic(path: Path, write: Callable[[str], Any]) -> None:
     finally:
         if os.path.exists(name):
             os.unlink(name)
+
+
+def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
+    """``write(temporary folder)``, then rename to ``folder``, which is there whole or not at all. What stood there
+    before is replaced."""
+    make_folder(folder.parent)
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        write(made)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(made, 0o777 & ~umask)
+        for file in made.rglob("*"):
+            if file.is_file():
+                os.chmod(file, 0o666 & ~umask)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(made, folder)
+    except OSError as err:
+        raise CheckpointError(f"cannot write {folder}: {err.strerror or err}", do="free space") from err
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -25,7 +25,8 @@ from kdlsq_fx import data as kd_data
 from kdlsq_fx import metrics, processes
 from kdlsq_fx.errors import ConfigError, InputError
 from kdlsq_fx.evaluation import evaluate
-from kdlsq_fx.files import INFO
+from kdlsq_fx.files import INFO, write_folder
+from kdlsq_fx.model import limits_of
 from kdlsq_fx.opening import fits_task, load_task_model
 from kdlsq_fx.qconfig import QConfig, QSpec
 from kdlsq_fx.train import Fit, Source, fit
@@ -80,14 +81,34 @@ def fine_tune(
     if (folder / "model.safetensors").is_file():
         return load_task_model(str(folder), dataset.task, seed=settings.seed).eval()
     model = load_task_model(source, dataset.task, seed=settings.seed).to(dataset.device)
+    check_fits(model, dataset)
     fit(model, dataset.train, out_dir=out / "fp32-run", title=f"fp32 {dataset.task.name}", **vars(settings))
     model.eval().cpu()
     if processes.first():
-        model.save_pretrained(folder)  # type: ignore[operator]
-        tokenizer.save_pretrained(folder)
+        write_folder(folder, lambda made: (tokenizer.save_pretrained(made), _saver(model)(made)))
         drop_state(out / "fp32-run")
     processes.wait()
     return model
+
+
+def check_fits(model: torch.nn.Module, dataset: kd_data.Dataset) -> None:
+    """InputError where a row is longer than the positions of a Hugging Face model, or an id outside its vocabulary."""
+    vocab, positions = limits_of(model.config)
+    for name, split in (("train", dataset.train), ("dev", dataset.dev)):
+        if not isinstance(split, kd_data.Encoded):
+            continue
+        longest, largest = int(split.lengths.max()), int(split.ids.max())
+        if positions and longest > positions:
+            what = f"a row of {name} has {longest} tokens, the model {positions} positions"
+            raise InputError(what, where=dataset.task.name, do=f"give --max-length {positions} or less")
+        if vocab and largest >= vocab:
+            what = f"{name} has the id {largest}, the model a vocabulary of {vocab}"
+            raise InputError(what, where=dataset.task.name, do="use the tokenizer that belongs to this model")
+
+
+def _saver(model: torch.nn.Module) -> Callable[[Path], Any]:
+    save: Callable[[Path], Any] = model.save_pretrained  # type: ignore[assignment]
+    return save
 
 
 def student(

@@ -308,13 +308,17 @@ def _kinds(config: Any) -> int:
 
 def _limits(gm: fx.GraphModule, config: Any) -> tuple[int, int]:
     """(size of the vocabulary, number of positions); 0 where the model has no such limit."""
-    vocab = int(getattr(config, "vocab_size", 0) or 0)
-    positions = int(getattr(config, "max_position_embeddings", 0) or 0)
+    vocab, positions = limits_of(config)
     for node in gm.graph.find_nodes(op="get_attr"):
         if "position_embeddings" in str(node.target) and "val" in node.meta and node.meta["val"].dim() == 2:
-            offset = _position_offset(config)
-            positions = int(node.meta["val"].shape[0]) - offset
+            positions = int(node.meta["val"].shape[0]) - _position_offset(config)
     return vocab, positions
+
+
+def limits_of(config: Any) -> tuple[int, int]:
+    """(size of the vocabulary, number of positions) by a Hugging Face config; 0 where it names no such limit."""
+    positions = int(getattr(config, "max_position_embeddings", 0) or 0)
+    return int(getattr(config, "vocab_size", 0) or 0), max(positions - _position_offset(config), 0)
 
 
 def _position_offset(config: Any) -> int:

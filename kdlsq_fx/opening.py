@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from kdlsq_fx.data import Task
 from kdlsq_fx.errors import ConfigError
@@ -34,7 +35,7 @@ def load_tokenizer(source: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         raise ConfigError(
             f"no tokenizer there ({_short(e)})", where=source, do="give a Hugging Face model folder"
         ) from e
@@ -58,7 +59,7 @@ def load_task_model(source: str, task: Task, *, seed: int, dropout: float | None
     logging.disable_progress_bar()
     try:
         return getattr(transformers, f"AutoModelFor{_head(task)}").from_pretrained(source, **names)
-    except (OSError, ValueError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         kind = "model" if task.spans else "classifier"
         raise ConfigError(f"no {kind} there ({_short(e)})", where=source, do="give a Hugging Face encoder") from e
     finally:
@@ -83,7 +84,7 @@ def _found_head(source: str) -> tuple[str, int]:
 
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         raise ConfigError(f"no model there ({_short(e)})", where=source, do="give a Hugging Face model folder") from e
     kinds = ("QuestionAnswering", "SequenceClassification")
     found = next((k for k in kinds for name in config.architectures or [] if k in name), "")
@@ -109,7 +110,7 @@ def open_hub_model(source: str) -> torch.nn.Module:
         config = transformers.AutoConfig.from_pretrained(source)
         cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
         return cls.from_pretrained(source).eval()
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         raise ConfigError(f"no model there ({_short(e)})", where=source, do="give a Hugging Face model folder") from e
 
 

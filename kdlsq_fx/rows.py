@@ -127,7 +127,7 @@ def to_rows(numbered: Iterator[tuple[int, dict[str, Any]]], source: str, *, labe
         raise InputError(f"columns are {', '.join(map(repr, keys))}", where=source, do=do)
     for number, row in found:
         bad = [c for c in columns if not isinstance(row.get(c), str) or not row[c].strip()]
-        if bad or (target and row.get(target) is None):
+        if bad or (target and (row.get(target) is None or not str(row[target]).strip())):
             raise InputError(
                 f"no {bad[0] if bad else target}", where=f"{source}:{number}", do="fill it or drop the row"
             )

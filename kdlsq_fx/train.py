@@ -30,6 +30,7 @@ from kdlsq_fx.watching import Interrupted, Log, Stop, progress
 __all__ = ["Fit", "Interrupted", "Source", "fit", "plain_groups", "schedule"]
 
 NO_DECAY = ("bias", "LayerNorm.weight", "layer_norm.weight", "layernorm.weight")
+LOWER = "lower the learning rate, or start again from the last checkpoint in the folder"
 
 
 class Source(Protocol):
@@ -247,11 +248,14 @@ def _step(
     (loss * (own * processes.size() / len(rows))).backward()  # queued before the loss is looked at
     asked, *sums = processes.total([float(stop.asked), *(own / len(rows) * v for v in pending.numbers().values())])
     if not math.isfinite(sums[0]):
-        do = "lower the learning rate, or start again from the last checkpoint in the folder"
-        raise TrainingError(f"the loss is {sums[0]}", where=where, do=do)
+        raise TrainingError(f"the loss is {sums[0]}", where=where, do=LOWER)
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
     if clip > 0:
-        parameters = [p for g in optimizer.param_groups for p in g["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if norm.device.type == "cpu" and not math.isfinite(norm):  # a GPU is not waited for: checkpoint.save looks
+        raise TrainingError(f"the norm of the gradients is {float(norm)}", where=where, do=LOWER)
     optimizer.step()
     return _Mean(sums[0], dict(zip(parts, sums[1:])), asked > 0)
 

@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_glue import write_model, write_sst
+from tiny_glue import bert, write_model, write_sst
 
 import kdlsq_fx as kq
 from kdlsq_fx import checkpoint, job
 from kdlsq_fx.cli import main
+from kdlsq_fx.errors import CheckpointError
+from kdlsq_fx.files import write_json
 
 COMMANDS = ("train", "cache", "convert", "export", "eval", "inspect", "demo")
 QUICK = ["--fp32-epochs", "2", "--fp32-lr", "3e-3", "--epochs", "1", "--lr", "1e-3", "--batch-size", "16"]
@@ -89,6 +91,66 @@ def test_wrong_input_is_1_without_traceback(
     assert main(argv) == 1
     said = capsys.readouterr().err
     assert says in said and "Traceback" not in said and len(said.strip().splitlines()) <= 3
+
+
+def encoder(folder: Path, **changes: object) -> Path:
+    """The tiny model as an encoder, which train fine-tunes first."""
+    write_model(folder, **changes)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
+    return folder
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(argv) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def test_a_truncated_model_is_1_without_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, model = str(write_sst(tmp_path / "sst2")), write_model(tmp_path / "bert")
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    assert "no model there" in refused(["inspect", str(model)], capsys)
+    assert "no classifier there" in refused(["eval", str(model), "--data", data], capsys)
+    argv = ["train", "--data", data, "--model", str(model), "--out", str(tmp_path / "out")]
+    assert "no classifier there" in refused(argv, capsys)
+
+
+def test_rows_that_do_not_fit_the_model_are_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_sst(tmp_path / "sst2")
+    with (data / "train.tsv").open("a") as file:
+        file.write("good " * 60 + "\t1\n")
+    model = encoder(tmp_path / "bert")
+    argv = ["train", "--data", str(data), "--model", str(model), "--out", str(tmp_path / "out")]
+    assert "has 62 tokens, the model 40 positions" in refused(argv, capsys)
+    config = json.loads((model / "config.json").read_text())
+    small = bert(vocab_size=12).bert
+    small.save_pretrained(model)
+    assert config["vocab_size"] > 12
+    argv = [*argv[:-1], str(tmp_path / "other"), "--max-length", "30"]
+    assert "the model a vocabulary of 12" in refused(argv, capsys)
+
+
+def test_an_empty_label_names_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_sst(tmp_path / "sst2")
+    lines = (data / "train.tsv").read_text().splitlines()
+    lines[7] = lines[7][:-1]
+    (data / "train.tsv").write_text("\n".join(lines) + "\n")
+    argv = ["train", "--data", str(data), "--model", str(encoder(tmp_path / "bert")), "--out", str(tmp_path / "out")]
+    said = refused(argv, capsys)
+    assert "no label" in said and "train.tsv:8" in said
+
+
+def test_a_target_that_is_no_plain_file_is_left_alone(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(CheckpointError, match="no plain file"):
+        write_json(pipe, {})
+    assert pipe.is_fifo()
 
 
 def test_unwritable_output_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

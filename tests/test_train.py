@@ -185,6 +185,39 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path, dataset: data.Dat
         train.fit(Broken(), dataset.train, out_dir=tmp_path, **SETTINGS)
 
 
+class _Steep(torch.nn.Module):
+    """A finite loss whose gradient is infinite from its third call on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.calls = torch.nn.Parameter(torch.ones(3)), 0
+
+    def forward(self, **_: Any) -> Any:
+        self.calls += 1
+        bend = (self.w - self.w.detach()).abs().sqrt() if self.calls > 2 else self.w  # sqrt has no slope at 0
+        return SimpleNamespace(loss=bend.sum())
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path: Path, dataset: data.Dataset, clip: float) -> None:
+    model = _Steep()
+    with pytest.raises(TrainingError, match=r"norm of the gradients is (nan|inf) \[at step 3,"):
+        train.fit(model, dataset.train, out_dir=tmp_path, **{**SETTINGS, "clip": clip})
+    assert bool(torch.isfinite(model.w).all())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.save(tmp_path, model, optimizer, {"step": 1, "done": False})
+    with torch.no_grad():
+        model.bias[0] = float("inf")
+    with pytest.raises(TrainingError, match="bias is not finite"):
+        checkpoint.save(tmp_path, model, optimizer, {"step": 2, "done": False})
+    run = checkpoint.read_run(tmp_path)
+    assert run is not None and run["step"] == 1
+
+
 def test_other_settings_or_models_do_not_resume(tmp_path: Path, dataset: data.Dataset) -> None:
     train.fit(bert(), dataset.train, out_dir=tmp_path, **SETTINGS)
     with pytest.raises(TrainingError, match="another lr, groups"):

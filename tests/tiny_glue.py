@@ -33,7 +33,8 @@ def bert(**changes: Any) -> Any:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(vocab_size=len(WORDS) + 5, max_position_embeddings=40, **(sizes | changes))
+    limits = {"vocab_size": len(WORDS) + 5, "max_position_embeddings": 40}
+    config = BertConfig(**(limits | sizes | changes))
     return BertForSequenceClassification(config)
 
 
