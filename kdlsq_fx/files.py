@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -82,6 +83,15 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
         raise CheckpointError(f"cannot write {folder}: {err.strerror or err}", do="free space") from err
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file; CheckpointError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as err:
+        raise CheckpointError(f"{path} cannot be read: {err.strerror or err}", do="copy it again") from None
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

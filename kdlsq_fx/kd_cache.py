@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from .data import Encoded
 from .errors import CheckpointError, ConfigError, InputError
-from .files import read_json
+from .files import checksum, read_json
 from .kd_fields import Array, Field, decode, kept_tokens
 from .kd_named import TERMS, Loss
 from .kd_targets import Wanted
@@ -194,15 +194,6 @@ class Cache:
         tokens = kept_tokens(lengths, self.loss.compress)
         starts = {n: np.concatenate([[0], np.cumsum(f.sizes(lengths, tokens))]) for n, f in self.fields.items()}
         return flat, starts, lengths, tokens
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file; CheckpointError where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as err:
-        raise CheckpointError(f"{path} cannot be read: {err.strerror or err}", do="copy it again") from None
 
 
 def token_hash(ids: Array | Sequence[int]) -> int:

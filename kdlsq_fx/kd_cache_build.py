@@ -18,8 +18,8 @@ from tqdm import tqdm
 from .data import Encoded
 from .distillation import Distiller
 from .errors import CheckpointError, ConfigError, InputError
-from .files import FORMAT, make_folder, read_json, write_atomic, write_json
-from .kd_cache import INDEX, Cache, checksum, token_hash, tokenizer_hash
+from .files import FORMAT, checksum, make_folder, read_json, write_atomic, write_json
+from .kd_cache import INDEX, Cache, token_hash, tokenizer_hash
 from .kd_fields import STORES, Array, Field, encode, fields_of, kept_tokens
 from .kd_targets import Teacher, Wanted
 from .tap_plan import PREFIX

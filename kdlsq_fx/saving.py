@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .errors import CheckpointError, ConfigError
-from .files import FORMAT, INFO, WEIGHTS, make_folder, read_json, read_tensors, write_json, write_tensors
+from .files import FORMAT, INFO, WEIGHTS, checksum, make_folder, read_json, read_tensors, write_json, write_tensors
 from .graph import text
 from .qconfig import QConfig
 
@@ -55,6 +55,7 @@ def save_qat(qat: QuantModel, path: str | Path, tokenizer: Any = None) -> Path:
         "inputs": list(qat.input_names),
         "versions": versions(),
         "graph": graph_hash(qat.gm),
+        "weights": checksum(folder / WEIGHTS),
         "qconfig": qat.qconfig.to_dict(),
     }
     write_json(folder / INFO, info)
@@ -87,11 +88,17 @@ def load_qat(folder: Path, prepare: Callable[..., QuantModel], model: nn.Module 
     if broken:
         do = "go back to a checkpoint from before the training diverged"
         raise CheckpointError(f"{folder / WEIGHTS} holds NaN or infinity", where=broken[0], do=do)
+    if checksum(folder / WEIGHTS) != info["weights"]:
+        do = "save the model again, or copy the whole folder"
+        raise CheckpointError(f"{folder / WEIGHTS} is not the file that {INFO} was written for", do=do)
     qat.gm.load_state_dict(tensors)
     return qat.eval()
 
 
-_INFO_TYPES = {"stage": str, "model_class": str, "inputs": list, "versions": dict, "graph": str, "qconfig": dict}
+_INFO_TYPES = {
+    "stage": str, "model_class": str, "inputs": list, "versions": dict, "graph": str, "weights": str,
+    "qconfig": dict,
+}  # fmt: skip
 
 
 def _read_info(folder: Path) -> dict[str, Any]:

@@ -213,6 +213,21 @@ def test_damaged_folders(tmp_path):
         qat.save_pretrained(tmp_path / "file" / "qat")
 
 
+def test_a_folder_mixed_of_two_saves_is_refused(tmp_path):
+    """What a save leaves that was stopped between its files, and what a flipped bit does."""
+    for preset in ("W4E4A8", "W8E8A8"):
+        calibrated(tiny("bert"), preset).save_pretrained(tmp_path / preset)
+    weights = tmp_path / "W4E4A8" / "model.safetensors"
+    own = weights.read_bytes()
+    flipped = own[:-1] + bytes([own[-1] ^ 1])
+    for other in ((tmp_path / "W8E8A8" / "model.safetensors").read_bytes(), flipped):
+        weights.write_bytes(other)
+        with pytest.raises(CheckpointError, match="is not the file that kdlsq.json was written for"):
+            kq.from_pretrained(tmp_path / "W4E4A8")
+    weights.write_bytes(own)
+    kq.from_pretrained(tmp_path / "W4E4A8")
+
+
 def test_other_modules_save_and_load(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
