@@ -177,6 +177,8 @@ def _derive(
     qat: QuantModel, pipeline: list[Pass], user: Iterable[Pass], stop_after: str | None, trace: Trace | None
 ) -> QuantModel:
     if not isinstance(qat, QuantModel) or qat.stage != "qat":
+        if isinstance(qat, QuantModel) and qat.stage == "int":
+            raise ConfigError("the model is converted already", do="run it, or give the qat model it was made from")
         found = f"a {qat.stage} model" if isinstance(qat, QuantModel) else f"a {type(qat).__name__}"
         raise ConfigError(f"this needs a qat model, got {found}", do="call prepare_qat and calibrate first")
     unready = [name for name, m in qat.gm.named_modules() if isinstance(m, Lsq) and not bool(m.ready)]

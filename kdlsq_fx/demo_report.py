@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from kdlsq_fx.data import Encoded
 from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.qconfig import resolve
 from kdlsq_fx.sentence import cosines, embed
+
+if TYPE_CHECKING:
+    from kdlsq_fx.backends.onnx_kernels import KernelReport
 
 TOKENIZER_FILES = ("tokenizer", "vocab", "special_tokens")
 CLOSE = 0.99  # least mean cosine between two executions of one student
@@ -78,7 +81,6 @@ def check(qat: Any, out: Path, texts: Encoded, rows: list[Row]) -> list[Check]:
     sites = kq.compare(qat, kq.from_pretrained(out / "int"), batch)
     torch_run = embed(kq.from_pretrained(out / "int", backend="torch"), texts, title="integer on torch")
     reloaded = embed(kq.from_pretrained(out / "qat"), texts, title="student from its folder")
-    kernels = kernel_report(out / "model.onnx")
     seen = f"{len(sites.sites)} sites, at most {sites.max_steps} apart on {sites.max_share:.4%} of a site's outputs"
     checks = [
         Check("integer and student, each site fed the same codes", seen, "1 apart on 0.1 %",
@@ -90,9 +92,15 @@ def check(qat: Any, out: Path, texts: Encoded, rows: list[Row]) -> list[Check]:
     ]  # fmt: skip
     off = float(np.abs(reloaded - embed(qat, texts)).max())
     checks.append(Check("student read back from its folder", f"largest difference {off:g}", "0", off == 0))
+    products = kq.from_pretrained(out / "int").summary().products
+    return [*checks, _int8(kernel_report(out / "model.onnx"), products)]
+
+
+def _int8(kernels: KernelReport, products: int) -> Check:
+    """``products``: the matrix products that the integer program computes on integers."""
     counted = f"{kernels.integer} of {kernels.integer + kernels.floating} matrix products"
-    checks.append(Check("ONNX Runtime's kernels are int8", counted, "1 or more", kernels.integer > 0))
-    return checks
+    holds = kernels.integer >= products > 0 and not kernels.missed
+    return Check("ONNX Runtime's kernels are int8", counted, f"the integer program's {products}", holds)
 
 
 def _close(what: str, a: np.ndarray, b: np.ndarray) -> Check:

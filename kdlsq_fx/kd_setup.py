@@ -18,7 +18,7 @@ PADDING = ("exclude", "paper")
 
 def check_options(qat: Any, teacher: Any, weights: dict[str, float], temperature: float, padding: str) -> None:
     if not isinstance(qat, QuantModel) or qat.stage not in ("float", "qat"):
-        found = f"a {qat.stage} model" if isinstance(qat, QuantModel) else f"a {type(qat).__name__}"
+        found = type(qat).__name__ if not isinstance(qat, QuantModel) else f"a model of stage {qat.stage}"
         raise ConfigError(f"the student must be a qat model, got {found}", do="call prepare_qat first")
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise ConfigError(f"a {type(teacher).__name__} cannot teach", do="pass the float model, an nn.Module")

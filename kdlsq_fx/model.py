@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import fx, nn
 
 from .capture import Captured
 from .devices import moved, ranges
-from .errors import InputError
+from .errors import CheckpointError, ConfigError, InputError
 from .losses import loss_for
 from .lowering import Island
 from .qconfig import QConfig
@@ -199,6 +200,30 @@ class QuantModel(nn.Module):
         if isinstance(captured, torch.Tensor) and captured.dim() != value.dim():
             return False
         return value.shape == ids.shape if value.dim() == 2 else value.shape[-1:] == ids.shape[-1:]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantModel:
+        """``.to``, ``.half`` and the like. ConfigError for less than float32: scales and their codes would be others,
+        and every comparison of stages with them."""
+        dtype = fn(torch.zeros(1)).dtype
+        if dtype not in (torch.float32, torch.float64) and self.stage != "float":
+            do = "keep float32 (train with precision='bf16' or under torch.autocast); convert makes it small"
+            raise ConfigError(f"a quantized model computes other codes in {dtype}", do=do)
+        super()._apply(fn, recurse)
+        return self
+
+    def __copy__(self) -> QuantModel:
+        made = type(self).__new__(type(self))
+        made.__setstate__(dict(self.__dict__))
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantModel:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        do = "save_pretrained(folder), or torch.save(model.state_dict(), file)"
+        raise CheckpointError(f"{type(self).__name__} is not pickled: loading would run what the file says", do=do)
 
     def save_pretrained(self, path: str | Path, tokenizer: Any = None, **_: Any) -> Path:
         """Write the folder that ``kdlsq_fx.from_pretrained`` reads. CheckpointError where it cannot be written."""

@@ -40,6 +40,11 @@ class Summary:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def products(self) -> int:
+        """Matrix products on integers."""
+        return sum(r.count for r in self.rows if r.op in PRODUCTS and r.where != "float")
+
     def __str__(self) -> str:
         size = f"{self.after / 1e6:.1f} MB"
         if self.before:

@@ -242,6 +242,8 @@ def test_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "2 outputs, pairs needs 1" in capsys.readouterr().err
     assert main(["train", "--data", str(pairs), "--model", str(model), "--out", str(tmp_path / "pairs-out")]) == 1
     assert "a classifier with 2 outputs, pairs needs 1" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "int"), str(tmp_path / "again")]) == 1
+    assert "converted already" in capsys.readouterr().err and not (tmp_path / "again").exists()
     assert main(["inspect", str(qat)]) == 0
     assert "bert.encoder.layer.0" in capsys.readouterr().out
     assert main(["inspect", str(model), "--qconfig", "W2E2A8"]) == 0

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdlsq_fx import demo
+from kdlsq_fx import demo, demo_report
+from kdlsq_fx.backends.onnx_kernels import KernelReport
 from kdlsq_fx.corpus import Corpus, is_held_out, is_prose, load_corpus, paragraphs
 from kdlsq_fx.errors import ConfigError, InputError
 from kdlsq_fx.files import read_tensors
@@ -144,6 +145,18 @@ def test_the_whole_job(finished: Path, corpus: Corpus) -> None:
         assert {h["text"] for h in found["integer"]} <= set(corpus.held_out) and len(found["fp32"]) == 3
     table = (finished / "table.md").read_text()
     assert "| min-max PTQ |" in table and "Search: " in table
+
+
+def test_one_kernel_of_many_is_not_int8() -> None:
+    def report(int8: int, quantized: int) -> KernelReport:
+        sites = [f"site{k}" for k in range(9)]
+        kernels = dict.fromkeys(sites, "MatMul")
+        return KernelReport("ONNX Runtime", {}, kernels, frozenset(sites[:int8]), frozenset(sites[:quantized]))
+
+    assert demo_report._int8(report(8, 8), 8).holds
+    for wrong in (report(1, 8), report(7, 8), report(7, 7), report(0, 0)):
+        assert not demo_report._int8(wrong, 8).holds
+    assert not demo_report._int8(report(8, 9), 8).holds and not demo_report._int8(report(0, 0), 0).holds
 
 
 def test_a_finished_run_is_only_read_back(finished: Path, source: Path, corpus: Corpus) -> None:

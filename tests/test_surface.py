@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
+import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -279,3 +283,31 @@ def test_a_qdq_model_cannot_be_saved(qat: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="qdq model cannot be saved"):
         kq.freeze_qat(qat).save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["qat", "qdq", "int", "torch"])
+def test_less_than_float32_and_pickles_are_refused_and_change_nothing(stage: str) -> None:
+    qat = ready(tiny("bert"))
+    make: dict[str, Any] = {"qdq": kq.freeze_qat, "int": kq.convert, "torch": partial(kq.convert, backend="torch")}
+    model = make.get(stage, copy.copy)(qat).eval()
+    want = model(**batch()).logits
+    for change in (
+        model.half,
+        lambda: model.to(torch.bfloat16),
+        lambda: nn.Sequential(model).to("cpu", torch.float16),
+    ):
+        with pytest.raises(ConfigError, match="other codes in torch.(b?float16)"):
+            change()
+    for write in (pickle.dumps, partial(torch.save, f=io.BytesIO())):
+        with pytest.raises(CheckpointError, match="not pickled"):
+            write(model)
+    assert all(t.dtype != torch.float16 for t in model.state_dict().values())
+    assert torch.equal(copy.deepcopy(model)(**batch()).logits, want) and torch.equal(model(**batch()).logits, want)
+    torch.testing.assert_close(model.double()(**batch()).logits.float(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_converted_model_is_not_converted_again() -> None:
+    program = kq.convert(ready(tiny("bert")))
+    for again in (kq.convert, kq.freeze_qat, partial(kq.export_onnx, path="x.onnx")):
+        with pytest.raises(ConfigError, match="converted already"):
+            again(program)
