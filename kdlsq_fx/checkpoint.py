@@ -32,10 +32,10 @@ def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     make_folder(folder)
     name = f"state-{run['step']}.safetensors"
     tensors = {key: value.detach().cpu() for key, value in _state(model, optimizer, run["done"])}
-    bad = next((k for k, v in tensors.items() if k.startswith("model/") and not bool(torch.isfinite(v).all())), None)
-    if bad is not None:
+    bad = next((k for k, _ in model.named_parameters() if not bool(torch.isfinite(tensors[f"model/{k}"]).all())), "")
+    if bad:  # a buffer may hold infinity: a mask, say
         do = "lower the learning rate; what was saved before is still there, run again to go on from it"
-        raise TrainingError(f"{bad.removeprefix('model/')} is not finite", where=f"step {run['step']}, {folder}", do=do)
+        raise TrainingError(f"{bad} is not finite", where=f"step {run['step']}, {folder}", do=do)
     write_tensors(folder / name, tensors)
     write_json(folder / RUN, {**run, "format": FORMAT, "state": name})
     for old in folder.glob("state-*.safetensors"):
@@ -58,8 +58,9 @@ def restore(folder: Path, run: dict[str, Any], model: torch.nn.Module, optimizer
     for i, parameter in enumerate(_parameters(optimizer)):
         prefix = f"optimizer/{i}/"
         got = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        # the step counter stays on the CPU (torch keeps it there), the moments go to the parameter's device
-        optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in got.items()}
+        # a fused optimizer reads its step counters on the parameters' device; others keep them on the CPU
+        stays = set() if optimizer.defaults.get("fused") else {"step"}
+        optimizer.state[parameter] = {k: v if k in stays else v.to(parameter.device) for k, v in got.items()}
 
 
 def _named(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

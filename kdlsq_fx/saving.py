@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,11 +34,16 @@ def versions() -> dict[str, str]:
 def save_qat(qat: QuantModel, path: str | Path, tokenizer: Any = None) -> Path:
     """Write a qat folder: ``kdlsq.json`` (last), ``model.safetensors``, ``config.json``, tokenizer files.
 
-    ConfigError for a model of another stage: a qdq model is made from a saved qat one in a moment.
+    ConfigError for a model of another stage: a qdq model is made from a saved qat one in a moment. CheckpointError for
+    a parameter that is NaN or infinite; what stood in the folder is left alone.
     """
     if qat.stage != "qat":
         do = "save the qat model, or what convert() gives"
         raise ConfigError(f"a {qat.stage} model cannot be saved: only qat and int folders can be loaded", do=do)
+    broken = _not_finite(qat, dict(qat.gm.named_parameters()))
+    if broken:
+        do = "go back to a checkpoint from before the training diverged"
+        raise CheckpointError(f"nothing is saved in {path}: a parameter is NaN or infinite", where=broken, do=do)
     folder = make_folder(path)
     write_tensors(folder / WEIGHTS, qat.gm.state_dict())
     example = {k: v for k, v in qat.example.items() if isinstance(v, torch.Tensor)}
@@ -84,15 +89,20 @@ def load_qat(folder: Path, prepare: Callable[..., QuantModel], model: nn.Module 
     wrong = sorted(own.keys() ^ tensors.keys()) or [k for k in own if own[k].shape != tensors[k].shape]
     if wrong:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit the graph", where=wrong[0], do="copy the folder again")
-    broken = [k for k, _ in qat.gm.named_parameters() if not bool(torch.isfinite(tensors[k]).all())]
+    broken = _not_finite(qat, tensors)
     if broken:
         do = "go back to a checkpoint from before the training diverged"
-        raise CheckpointError(f"{folder / WEIGHTS} holds NaN or infinity", where=broken[0], do=do)
+        raise CheckpointError(f"{folder / WEIGHTS} holds NaN or infinity", where=broken, do=do)
     if checksum(folder / WEIGHTS) != info["weights"]:
         do = "save the model again, or copy the whole folder"
         raise CheckpointError(f"{folder / WEIGHTS} is not the file that {INFO} was written for", do=do)
     qat.gm.load_state_dict(tensors)
     return qat.eval()
+
+
+def _not_finite(qat: QuantModel, tensors: Mapping[str, torch.Tensor]) -> str:
+    """The first parameter whose tensor is not finite, or ""."""
+    return next((k for k, _ in qat.gm.named_parameters() if not bool(torch.isfinite(tensors[k]).all())), "")
 
 
 _INFO_TYPES = {

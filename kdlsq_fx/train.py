@@ -140,6 +140,7 @@ def fit(
     state = _start(folder, model, optimizer, recipe, resume=resume)
     loop, writes = _shared(_Loss(model, precision)), processes.first()
     log = Log(folder / "log.tsv", state["step"]) if writes else None
+    mean: _Mean | None = None
     first, began, saved = state["step"], time.monotonic() - state["seconds"], time.monotonic()
     model.train()
     with Stop() as stop, log or nullcontext(), progress(title, total, first) as bar:
@@ -149,15 +150,20 @@ def fit(
                 group["lr"] = rate * factor
             _tell(model, step / total)
             seed_generators(seed, step)
-            mean = _step(loop, optimizer, data, rows, clip, stop, f"step {step + 1}, {folder}")
+            behind, mean = mean, _step(loop, optimizer, data, rows, clip, stop, f"step {step + 1}, {folder}")
+            if behind is not None:
+                behind.check()
             state |= {"step": step + 1, "seconds": time.monotonic() - began, "done": step + 1 == total}
             state["recent"] = (state["recent"] + [mean.loss])[-50:]
             bar.update(1)
             bar.set_postfix_str(f"loss {np.mean(state['recent']):.4f}", refresh=False)
-            due = save_every and (step + 1) % save_every == 0
+            due = mean.stop or state["done"] or (save_every and (step + 1) % save_every == 0)
+            if due:
+                mean.check()
             if log is not None:
                 log.write(step + 1, mean.loss, lr * factor, state["seconds"], mean.parts)
-                if due or mean.stop or state["done"] or time.monotonic() - saved > save_seconds:
+                if due or time.monotonic() - saved > save_seconds:
+                    mean.check()
                     log.flush()
                     checkpoint.save(folder, model, optimizer, state)
                     saved = time.monotonic()
@@ -218,11 +224,20 @@ def _shared(loss: _Loss) -> torch.nn.Module:
 
 @dataclass(frozen=True)
 class _Mean:
-    """One step over the whole batch: the mean loss, its parts, and whether any process was asked to stop."""
+    """One step over the whole batch: the mean loss, its parts, whether any process was asked to stop, and the norm of
+    the gradients, the same in every process."""
 
     loss: float
     parts: dict[str, float]
     stop: bool
+    norm: Pending
+    where: str
+
+    def check(self) -> None:
+        """TrainingError where the norm is not finite. Waits for a GPU that has not finished the step's backward."""
+        for norm in self.norm.numbers().values():
+            if not math.isfinite(norm):
+                raise TrainingError(f"the norm of the gradients is {norm}", where=self.where, do=LOWER)
 
 
 def _step(
@@ -234,8 +249,9 @@ def _step(
     stop: Stop,
     where: str,
 ) -> _Mean:
-    """One optimizer step on a batch; no parameter is changed in any process where the loss is not finite in one. Waits
-    for a GPU once, for the loss.
+    """One optimizer step on a batch; no parameter is changed in any process where the loss is not finite in one, nor
+    where the norm of the gradients is not. Waits for a GPU once, for the loss: the norm is looked at a step later
+    there (:meth:`_Mean.check`), and until then the optimizer itself leaves the step out.
 
     A process with ``n`` of the ``N`` rows weighs its mean loss by ``n / N``; the average over processes that follows
     divides by their number. One without rows computes a row of another's with weight 0, to stay in step.
@@ -254,10 +270,19 @@ def _step(
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if norm.device.type == "cpu" and not math.isfinite(norm):  # a GPU is not waited for: checkpoint.save looks
-        raise TrainingError(f"the norm of the gradients is {float(norm)}", where=where, do=LOWER)
+    mean = _Mean(sums[0], dict(zip(parts, sums[1:])), asked > 0, Pending({"norm": norm}), where)
+    if norm.is_cuda:
+        leave_out_unless_finite(optimizer, norm)
+    else:
+        mean.check()
     optimizer.step()
-    return _Mean(sums[0], dict(zip(parts, sums[1:])), asked > 0)
+    return mean
+
+
+def leave_out_unless_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+    """Make the next step of a fused optimizer change nothing where ``norm`` is not finite, without a look at it: what
+    torch's GradScaler does."""
+    setattr(optimizer, "found_inf", (~torch.isfinite(norm)).float())  # noqa: B010 (torch declares no such field)
 
 
 def _start(

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from kdlsq_fx import data, processes, train
 from kdlsq_fx.api import prepare_qat
 from kdlsq_fx.calibration import calibrate, param_groups
 from kdlsq_fx.distillation import distill
+from kdlsq_fx.errors import TrainingError
 from kdlsq_fx.kd_cache import Cache
 from kdlsq_fx.kd_cache_build import build_cache
 
@@ -123,6 +125,28 @@ def fails(folder: Path, out: Path) -> None:
     train.fit(bert(), rows, out_dir=out, steps=2000, batch_size=8, save_every=2, on_step=on_step)
 
 
+class Steep(torch.nn.Module):
+    """A finite loss whose gradient is infinite from its call number ``at`` on."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.w, self.at, self.calls = torch.nn.Parameter(torch.ones(3)), at, 0
+
+    def forward(self, **_: Any) -> Any:
+        self.calls += 1
+        bend = (self.w - self.w.detach()).abs().sqrt()  # sqrt has no slope at 0
+        return SimpleNamespace(loss=(bend if self.calls >= self.at else self.w).sum())
+
+
+def steep(folder: Path, out: Path) -> None:
+    """The second process has an infinite gradient at step 3."""
+    model = Steep(3 if os.environ["RANK"] == "1" else 99)
+    try:
+        train.fit(model, data.load(folder, tokenizer()).train, out_dir=out, steps=5, batch_size=8, clip=1.0)
+    except TrainingError as e:
+        (out / f"said-{processes.rank()}.txt").write_text(f"{e} {model.w.tolist()}")
+
+
 def trainer(folder: Path, out: Path, rows: int = 4) -> None:
     """The Hugging Face Trainer and plain accelerate around a distilled student, so many rows a process and step."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -158,5 +182,5 @@ def trainer(folder: Path, out: Path, rows: int = 4) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    scenario = {"curves": curves, "slow": slow, "fails": fails, "trainer": trainer}[sys.argv[1]]
+    scenario = {"curves": curves, "slow": slow, "fails": fails, "steep": steep, "trainer": trainer}[sys.argv[1]]
     scenario(Path(sys.argv[2]), Path(sys.argv[3]))

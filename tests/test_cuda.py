@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import Steep
 from tiny_glue import bert, tokenizer, write_sst
 
 from kdlsq_fx import data, fused, train
 from kdlsq_fx.api import convert, prepare_qat
 from kdlsq_fx.calibration import calibrate, param_groups
 from kdlsq_fx.distillation import distill
+from kdlsq_fx.errors import TrainingError
 from kdlsq_fx.watching import Stop
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -89,3 +91,35 @@ def test_a_step_waits_for_the_gpu_once(preset: str, dataset: data.Dataset) -> No
         torch.cuda.set_sync_debug_mode("default")
     waits = [w for w in seen if "synchronizing" in str(w.message)]
     assert len(waits) <= 1, [f"{w.filename}:{w.lineno}" for w in waits]
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_an_infinite_gradient_is_said_a_step_later_and_changes_nothing(
+    clip: float, dataset: data.Dataset, tmp_path: Path
+) -> None:
+    for steps in (3, 8):  # at the last step it is said at once
+        model, seen = Steep(3).cuda(), []
+        with pytest.raises(TrainingError, match=r"norm of the gradients is (nan|inf) \[at step 3,"):
+            train.fit(
+                model, dataset.train, out_dir=tmp_path / str(steps), steps=steps, batch_size=8, clip=clip,
+                on_step=lambda _, m, seen=seen: seen.append(m.w.tolist()),
+            )  # fmt: skip
+        assert model.w.tolist() == seen[1]
+
+
+def test_a_resumed_run_on_the_gpu_ends_as_a_whole_one(dataset: data.Dataset, tmp_path: Path) -> None:
+    class Cut(Exception):
+        pass
+
+    def cut(step: int, _: torch.nn.Module) -> None:
+        if step == 3:
+            raise Cut
+
+    options: dict[str, Any] = {"steps": 5, "batch_size": 8, "save_every": 2}
+    whole, resumed = bert().cuda(), bert().cuda()
+    train.fit(whole, dataset.train, out_dir=tmp_path / "whole", **options)
+    with pytest.raises(Cut):
+        train.fit(resumed, dataset.train, out_dir=tmp_path / "cut", on_step=cut, **options)
+    train.fit(resumed, dataset.train, out_dir=tmp_path / "cut", **options)
+    for a, b in zip(whole.parameters(), resumed.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

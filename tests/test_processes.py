@@ -91,6 +91,15 @@ def test_a_failure_in_one_ends_all(tmp_path: Path) -> None:
     assert run is not None and run["step"] == 4
 
 
+def test_an_infinite_gradient_in_one_process_is_an_error_in_all(tmp_path: Path) -> None:
+    group = torchrun(2, TESTS / "ranks.py", "steep", write_sst(tmp_path / "sst2"), tmp_path)
+    _, said = group.communicate(timeout=300)
+    assert group.returncode == 0, said
+    first, second = ((tmp_path / f"said-{rank}.txt").read_text() for rank in (0, 1))
+    assert "norm of the gradients is nan" in first and "step 3" in first and first == second
+    assert "nan" not in first.rpartition("[")[2]
+
+
 def test_the_command_line_trains_in_two_processes(tmp_path: Path) -> None:
     folder, model, out = write_sst(tmp_path / "sst2"), write_model(tmp_path / "bert"), tmp_path / "out"
     argv = ["train", "--data", folder, "--model", model, "--out", out, "--epochs", "1", "--qconfig", "W8E8A8"]

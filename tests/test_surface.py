@@ -18,6 +18,7 @@ from torch import nn
 
 import kdlsq_fx as kq
 from kdlsq_fx.errors import CalibrationError, CaptureError, CheckpointError, ConfigError, InputError
+from kdlsq_fx.files import write_tensors
 
 
 def ready(model: nn.Module, preset: str = "W8E8A8", **kwargs: Any) -> Any:
@@ -271,10 +272,16 @@ def test_a_damaged_config(qat: Any, tmp_path: Path) -> None:
 
 
 def test_a_folder_with_nan(tmp_path: Path) -> None:
+    """It is neither written over a good one nor read."""
     student = ready(tiny("bert"))
+    student.save_pretrained(tmp_path)
+    good = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with torch.no_grad():
         dict(student.gm.named_parameters())["classifier.weight"][0, 0] = float("nan")
-    student.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"nothing is saved.*NaN or infinite \[at classifier\.weight\]"):
+        student.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == good
+    write_tensors(tmp_path / "model.safetensors", student.gm.state_dict())
     with pytest.raises(CheckpointError, match=r"NaN or infinity.*classifier\.weight"):
         kq.from_pretrained(tmp_path)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import Steep
 from tiny_glue import bert, tokenizer, write_sst
 
 from kdlsq_fx import checkpoint, data, train
@@ -185,29 +186,34 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path, dataset: data.Dat
         train.fit(Broken(), dataset.train, out_dir=tmp_path, **SETTINGS)
 
 
-class _Steep(torch.nn.Module):
-    """A finite loss whose gradient is infinite from its third call on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w, self.calls = torch.nn.Parameter(torch.ones(3)), 0
-
-    def forward(self, **_: Any) -> Any:
-        self.calls += 1
-        bend = (self.w - self.w.detach()).abs().sqrt() if self.calls > 2 else self.w  # sqrt has no slope at 0
-        return SimpleNamespace(loss=bend.sum())
-
-
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path: Path, dataset: data.Dataset, clip: float) -> None:
-    model = _Steep()
+    model = Steep(3)
     with pytest.raises(TrainingError, match=r"norm of the gradients is (nan|inf) \[at step 3,"):
         train.fit(model, dataset.train, out_dir=tmp_path, **{**SETTINGS, "clip": clip})
     assert bool(torch.isfinite(model.w).all())
 
 
+def test_a_fused_optimizer_leaves_out_a_step_that_nobody_has_looked_at() -> None:
+    """What a GPU does with an infinite norm until the host knows of it; torch's fused AdamW has it on the CPU too."""
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([w], lr=0.1, fused=True)
+    for norm, grad in ((1.0, 1.0), (float("nan"), float("nan")), (float("inf"), 2.0)):
+        before = w.detach().clone(), {k: v.clone() for k, v in optimizer.state[w].items()}
+        w.grad = torch.full((3,), grad)
+        train.leave_out_unless_finite(optimizer, torch.tensor(norm))
+        optimizer.step()
+        if norm == 1.0:
+            assert not torch.equal(w, before[0])
+        else:
+            assert torch.equal(w, before[0]) and all(
+                torch.equal(v, before[1][k]) for k, v in optimizer.state[w].items()
+            )
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
+    model.register_buffer("mask", torch.full((2,), float("-inf")))  # no weight, and meant so
     optimizer = torch.optim.AdamW(model.parameters())
     checkpoint.save(tmp_path, model, optimizer, {"step": 1, "done": False})
     with torch.no_grad():
