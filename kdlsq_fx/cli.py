@@ -96,6 +96,8 @@ def run_train(args: argparse.Namespace) -> int:
     tokenizer = opening.load_tokenizer(source)
     dataset, measure, figures = cli_data.load(args, tokenizer)
     say(f"{dataset.task.name}: {len(dataset.train)} rows of train, {len(dataset.dev)} of dev")
+    for name in (source, args.teacher or source):
+        job.check_fits(opening.load_config(name), dataset)  # before anything is written down about this run
     shared = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.precision}
     fp32 = job.Settings(epochs=args.fp32_epochs, lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared)
     data_hashes = [dataset.train.fingerprint, dataset.dev.fingerprint]
@@ -107,6 +109,8 @@ def run_train(args: argparse.Namespace) -> int:
     settings = job.Settings(epochs=args.epochs, lr=args.lr, **shared)
     recipe = job.Recipe(settings=settings, gold=args.gold, **cli_cache.recipe_of(args, tokenizer))
     learned = job.with_texts(dataset, args.more, tokenizer, recipe) if args.more else dataset
+    for model in (start, teacher):
+        job.check_fits(model, learned)
     for name, qconfig in chosen.items():
         mine = {"recipe": asdict(recipe), "teacher": args.teacher, "target": args.target, "qconfig": qconfig.to_dict()}
         mine |= {"more": learned.train.fingerprint} if args.more else {}
@@ -192,6 +196,7 @@ def run_eval(args: argparse.Namespace) -> int:
     tokenizer = opening.load_tokenizer(str(args.tokenizer or find_tokenizer(args.model)))
     dataset, measure, figures = cli_data.load(args, tokenizer)
     model = opening.open_model(args.model, dataset.task, backend=args.backend)
+    job.check_fits(model, dataset, train=False)
     row = measure(args.model.stem, "eval", model, dataset)
     for name in figures or job.figures(dataset.task):
         print(f"{name}\t{row.scores[name]:.2f} ± {row.scores[name + '_se']:.2f}")

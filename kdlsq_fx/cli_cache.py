@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     from kdlsq_fx.api import prepare_qat
     from kdlsq_fx.distillation import distill
     from kdlsq_fx.files import make_folder
+    from kdlsq_fx.job import check_fits
     from kdlsq_fx.kd_cache_build import build_cache
 
     make_folder(args.out)  # a wrong name is said before any work
@@ -91,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
     start = teacher
     if args.model:
         start = opening.load_task_model(opening.model_source(args.model), dataset.task, seed=args.seed)
+    for model in (teacher, start):
+        check_fits(model, dataset)
     kd = distill(prepare_qat(start, args.qconfig), teacher, **chosen_loss(args, tokenizer))
     kd.to("cuda" if torch.cuda.is_available() else "cpu")
     say(f"{dataset.task.name}: {len(dataset.train)} rows of train\n{kd.report()}")

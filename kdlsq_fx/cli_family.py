@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     source = opening.model_source(args.model)
     tokenizer = opening.load_tokenizer(source)
     dataset = replace(data.load(args.data, tokenizer, max_length=args.max_length), device=device_of(args.device))
+    job.check_fits(opening.load_config(source), dataset)
     dataset, held_out = data.held_out(dataset, args.held_out, seed=args.seed)
     shared = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.precision}
     fp32 = job.Settings(epochs=args.fp32_epochs, lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared)

@@ -80,6 +80,13 @@ class Encoded:
     def lengths(self) -> np.ndarray:
         return np.diff(self.starts)
 
+    @property
+    def extent(self) -> tuple[int, int, int]:
+        """(tokens of the longest row, largest id, padding's among them, largest token type)."""
+        end = self.starts[-1]
+        types = 0 if self.types is None else int(self.types[:end].max(initial=0))
+        return int(self.lengths.max(initial=0)), int(self.ids[:end].max(initial=self.pad_id)), types
+
     def head(self, rows: int) -> Encoded:
         """The first ``rows`` rows; all of them where there are fewer."""
         rows = min(rows, len(self))
@@ -222,6 +229,11 @@ class Dataset:
     train: Any  # Encoded, or another train.Source with ``sample``
     dev: Encoded
     device: str = "cpu"
+
+    def extents(self, *, train: bool = True) -> dict[str, tuple[int, int, int]]:
+        """:attr:`Encoded.extent` by the name of what has it: what a model has to take."""
+        splits = {"train": self.train if train else None, "dev": self.dev}
+        return {name: split.extent for name, split in splits.items() if isinstance(split, Encoded)}
 
 
 def held_out(dataset: Dataset, rows: int, *, seed: int, limit: int | None = None) -> tuple[Dataset, Encoded]:

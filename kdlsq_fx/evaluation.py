@@ -11,24 +11,30 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from kdlsq_fx.data import Encoded
+from kdlsq_fx.data import Encoded, Task
 from kdlsq_fx.errors import CheckpointError, InputError
+from kdlsq_fx.metrics import check_width
 
 OTHER_MODEL = "evaluate a model on the task it was trained for"
 SPAN = ("start_logits", "end_logits")
 
 
-def evaluate(model: Any, data: Encoded, *, batch_size: int = 64, title: str = "eval") -> np.ndarray:
+def evaluate(
+    model: Any, data: Encoded, *, batch_size: int = 64, title: str = "eval", task: Task | None = None
+) -> np.ndarray:
     """Logits of every row, in the file's order: float32 [rows, outputs].
 
     ``model``: a torch module (run in eval mode without gradients, its mode restored), the path of an ONNX file, or
-    any callable that takes the batch as keywords and returns logits or an output with ``.logits``.
+    any callable that takes the batch as keywords and returns logits or an output with ``.logits``. With ``task`` the
+    first batch shows a model of another task: InputError.
     """
     out: np.ndarray | None = None
     for rows, logits in outputs(model, data, batch_size=batch_size, title=title):
         if logits.ndim != 2:
             raise InputError(f"the model's output has shape {list(logits.shape)}, not one row a text", do=OTHER_MODEL)
         if out is None:
+            if task is not None:
+                check_width(task, logits)
             out = np.zeros((len(data), logits.shape[-1]), dtype=np.float32)
         out[rows] = logits
     if out is None:
@@ -133,7 +139,11 @@ def onnx_runner(path: Path, *, threads: int = 0) -> Run:
             raise InputError(
                 f"the ONNX file wants {', '.join(missing)}", where=str(path), do="tokenize with its tokenizer"
             )
-        found = session.run(wanted, {n: batch[n].numpy() for n in names})
+        try:
+            found = session.run(wanted, {n: batch[n].numpy() for n in names})
+        except Exception as e:  # onnxruntime raises its own kinds
+            do = "tokenize with the model's tokenizer, no longer than its positions (--max-length)"
+            raise InputError(f"ONNX Runtime refuses a batch ({str(e).splitlines()[0]})", where=str(path), do=do) from e
         return _logits(dict(zip(wanted, found)))
 
     return run

@@ -54,10 +54,9 @@ def write_atomic(path: Path, write: Callable[[str], Any]) -> None:
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
-    except OSError as err:
-        raise CheckpointError(
-            f"cannot write {path}: {err.strerror or err}", do="free space or choose a folder"
-        ) from err
+    except (OSError, SafetensorError) as err:  # the latter of a disk that is full, among others
+        what = f"cannot write {path}: {getattr(err, 'strerror', None) or err}"
+        raise CheckpointError(what, do="free space or choose a folder") from err
     finally:
         if os.path.exists(name):
             os.unlink(name)
@@ -79,8 +78,10 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(made, folder)
-    except OSError as err:
-        raise CheckpointError(f"cannot write {folder}: {err.strerror or err}", do="free space") from err
+    except (OSError, SafetensorError) as err:  # the latter of a disk that is full, among others
+        raise CheckpointError(
+            f"cannot write {folder}: {getattr(err, 'strerror', None) or err}", do="free space"
+        ) from err
     finally:
         shutil.rmtree(made, ignore_errors=True)
 

@@ -91,19 +91,20 @@ def fine_tune(
     return model
 
 
-def check_fits(model: torch.nn.Module, dataset: kd_data.Dataset) -> None:
-    """InputError where a row is longer than the positions of a Hugging Face model, or an id outside its vocabulary."""
-    vocab, positions = limits_of(model.config)
-    for name, split in (("train", dataset.train), ("dev", dataset.dev)):
-        if not isinstance(split, kd_data.Encoded):
-            continue
-        longest, largest = int(split.lengths.max()), int(split.ids.max())
+def check_fits(model: Any, dataset: kd_data.Dataset, *, train: bool = True) -> None:
+    """InputError where a row is longer than the positions of a model, or an id or a token type outside its tables.
+    ``model``: or its configuration; an ONNX file has no limits that could be known. ``train=False``: only what is
+    measured counts."""
+    vocab, positions, kinds = limits_of(model)
+    for name, (longest, largest, kind) in dataset.extents(train=train).items():
+        of, do = f"{name} of {dataset.task.name}", "use the tokenizer that belongs to this model"
         if positions and longest > positions:
-            what = f"a row of {name} has {longest} tokens, the model {positions} positions"
-            raise InputError(what, where=dataset.task.name, do=f"give --max-length {positions} or less")
+            what = f"a row has {longest} tokens, the model {positions} positions"
+            raise InputError(what, where=of, do=f"give --max-length {positions} or less")
         if vocab and largest >= vocab:
-            what = f"{name} has the id {largest}, the model a vocabulary of {vocab}"
-            raise InputError(what, where=dataset.task.name, do="use the tokenizer that belongs to this model")
+            raise InputError(f"an id is {largest}, the model has a vocabulary of {vocab}", where=of, do=do)
+        if kinds and kind >= kinds:
+            raise InputError(f"a token type is {kind}, the model has {kinds}", where=of, do=do)
 
 
 def _saver(model: torch.nn.Module) -> Callable[[Path], Any]:
@@ -289,7 +290,7 @@ def measure(
     labels = dataset.dev.labels if dataset.dev.labels is not None else np.zeros(0)
     began = time.monotonic()
     with on_device(model, dataset.device):
-        logits = evaluate(model, dataset.dev, batch_size=batch_size, title=f"eval {name}")
+        logits = evaluate(model, dataset.dev, batch_size=batch_size, title=f"eval {name}", task=dataset.task)
     seconds = time.monotonic() - began
     guess = metrics.predictions(dataset.task, logits)
     return Row(name, preset, metrics.score(dataset.task, guess, labels), size, seconds, guess.tolist(), labels.tolist())

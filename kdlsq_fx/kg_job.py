@@ -43,6 +43,10 @@ class KgDataset(Dataset):
     batch_size: int = 256
     states: Path | None = None
 
+    def extents(self, *, train: bool = True) -> dict[str, tuple[int, int, int]]:
+        """Of all sequences of the graph: ranks and negatives take any entity."""
+        return {self.graph.name: self.texts.extent(relations=self.kind != "kg-relations")}
+
 
 def load(
     source: str | Path,

@@ -46,6 +46,13 @@ class Texts:
         self.entities = _tokenize(tokenizer, graph.entity_texts, graph.entities)
         self.relations = _tokenize(tokenizer, graph.relation_texts, graph.relations)
 
+    def extent(self, *, relations: bool = True) -> tuple[int, int, int]:
+        """:attr:`Encoded.extent` of all sequences that can be made, of pairs without ``relations``."""
+        parts = [self.entities, self.entities, *([self.relations] if relations else [])]
+        whole = sum(int(p.lengths.max()) for p in parts) + 1 + len(parts)
+        largest = max(self.cls_id, self.sep_id, self.pad_id, *(int(p.ids.max()) for p in parts))
+        return min(whole, self.max_length), largest, int(self.typed)
+
     def triples(self, rows: np.ndarray, labels: np.ndarray | None = None) -> Encoded:
         """Triples int64 [n, 3] as sequences of three parts, labels int64 [n]."""
         parts = [(self.entities, rows[:, HEAD]), (self.relations, rows[:, RELATION]), (self.entities, rows[:, TAIL])]

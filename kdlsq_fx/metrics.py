@@ -77,11 +77,16 @@ HEADLINES: dict[str, dict[str, Metric]] = {
 def predictions(task: Task, logits: np.ndarray) -> np.ndarray:
     """Logits [rows, outputs] to classes int64 [rows], or to scores float [rows] for regression. InputError for a model
     of another task."""
+    check_width(task, logits)
+    return logits.reshape(len(logits), -1)[:, 0] if task.regression else logits.argmax(-1)
+
+
+def check_width(task: Task, logits: np.ndarray) -> None:
+    """InputError for logits [rows, outputs] of a model of another task."""
     width = logits.reshape(len(logits), -1).shape[1]
     if width != task.outputs:
         do = "evaluate a model on the task it was trained for"
         raise InputError(f"the model has {width} outputs, {task.name} needs {task.outputs}", do=do)
-    return logits.reshape(len(logits), -1)[:, 0] if task.regression else logits.argmax(-1)
 
 
 def score(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:

