@@ -228,6 +228,32 @@ def test_a_folder_mixed_of_two_saves_is_refused(tmp_path):
     kq.from_pretrained(tmp_path / "W4E4A8")
 
 
+def test_a_save_that_was_stopped_is_refused_until_the_next_one(tmp_path, monkeypatch):
+    """Stopped after any of its files: over another model's folder it is the new one, or none; never a mix."""
+    first, second = calibrated(tiny("bert"), "W4E4A8"), calibrated(tiny("bert"), "W4E4A8")
+    with torch.no_grad():
+        second.gm.get_parameter("classifier.bias").add_(1)
+    inputs = batch()
+    first.save_pretrained(tmp_path)
+    saved = kq.from_pretrained(tmp_path)(**inputs).logits
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    for name in ("write_tensors", "checksum", "write_json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"kdlsq_fx.saving.{name}", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                second.save_pretrained(tmp_path)
+        if name == "write_tensors":  # the first of them: nothing was written yet
+            assert torch.equal(kq.from_pretrained(tmp_path)(**inputs).logits, saved)
+            continue
+        with pytest.raises(CheckpointError, match="is not the file that kdlsq.json was written for"):
+            kq.from_pretrained(tmp_path)
+    second.save_pretrained(tmp_path)
+    torch.testing.assert_close(kq.from_pretrained(tmp_path)(**inputs).logits, saved + 1)
+
+
 def test_other_modules_save_and_load(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))

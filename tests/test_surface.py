@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import pickle
+import resource
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,19 @@ def test_a_folder_with_nan(tmp_path: Path) -> None:
     write_tensors(tmp_path / "model.safetensors", student.gm.state_dict())
     with pytest.raises(CheckpointError, match=r"NaN or infinity.*classifier\.weight"):
         kq.from_pretrained(tmp_path)
+
+
+def test_a_full_disk_is_said_and_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    write_tensors(file, {"a": torch.zeros(5)})
+    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="cannot write .*too large"):
+            write_tensors(file, {"a": torch.zeros(5000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_qdq_model_cannot_be_saved(qat: Any, tmp_path: Path) -> None:
