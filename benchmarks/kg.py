@@ -26,7 +26,7 @@ from common import curve, origin, say
 from kdlsq_fx import job, kg_job, opening
 from kdlsq_fx.cli_parts import device_of
 from kdlsq_fx.evaluation import onnx_runner
-from kdlsq_fx.files import write_atomic, write_json
+from kdlsq_fx.files import write_json, write_text
 from kdlsq_fx.kg_cli import FORMS
 from kdlsq_fx.kg_metrics import rank_difference
 from kdlsq_fx.kg_ranking import Plan, score
@@ -209,7 +209,7 @@ def write_report(seed: int) -> None:
     timed = [r for r in found if r["preset"] == "speed"]
     lines += [line for r in timed for line in ("", "## Time of a ranking", "", *speed_lines(r))]
     lines += ["", *origins(found)]
-    write_atomic(REPORT, lambda name: Path(name).write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    write_text(REPORT, "\n".join(lines) + "\n")
 
 
 def table(task: str, runs: dict[Any, Any]) -> list[str]:

@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -120,13 +121,14 @@ def opened(step: str, folder: Path) -> Any:
 
 def peak_of(threads: int) -> Any:
     """``run(batch)`` that does 24 * 16 * 4 multiply-adds a turn of a loop and thread."""
-    from kdlsq_fx.compiled import compiled
-
-    source = Path(os.environ.get("TMPDIR", "/tmp")) / "kdlsq_fx_peak.cpp"
-    source.write_text(PEAK, encoding="utf-8")
     import torch  # noqa: F401  (one OpenMP pool for all)
 
-    library = ctypes.CDLL(str(compiled("peak", [source])))
+    from kdlsq_fx.compiled import compiled
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "peak.cpp"
+        source.write_text(PEAK, encoding="utf-8")
+        library = ctypes.CDLL(str(compiled("peak", [source])))
     library.peak.argtypes = (ctypes.c_int64, ctypes.c_int)
     return lambda batch: library.peak(2_000_000, threads)
 

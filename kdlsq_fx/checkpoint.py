@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kdlsq_fx.errors import CheckpointError, TrainingError
-from kdlsq_fx.files import FORMAT, make_folder, read_json, read_tensors, write_json, write_tensors
+from kdlsq_fx.files import FORMAT, make_folder, not_finite, read_json, read_tensors, write_json, write_tensors
 
 RUN = "run.json"
 
@@ -32,10 +32,10 @@ def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     make_folder(folder)
     name = f"state-{run['step']}.safetensors"
     tensors = {key: value.detach().cpu() for key, value in _state(model, optimizer, run["done"])}
-    bad = next((k for k, _ in model.named_parameters() if not bool(torch.isfinite(tensors[f"model/{k}"]).all())), "")
-    if bad:  # a buffer may hold infinity: a mask, say
+    bad = not_finite([f"model/{k}" for k, _ in model.named_parameters()], tensors)  # a buffer may: a mask, say
+    if bad:
         do = "lower the learning rate; what was saved before is still there, run again to go on from it"
-        raise TrainingError(f"{bad} is not finite", where=f"step {run['step']}, {folder}", do=do)
+        raise TrainingError(f"{bad.removeprefix('model/')} is not finite", where=f"step {run['step']}, {folder}", do=do)
     write_tensors(folder / name, tensors)
     write_json(folder / RUN, {**run, "format": FORMAT, "state": name})
     for old in folder.glob("state-*.safetensors"):

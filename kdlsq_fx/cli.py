@@ -82,7 +82,8 @@ def run_train(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from kdlsq_fx import job, opening, processes
-    from kdlsq_fx.files import belongs_to, make_folder, write_atomic
+    from kdlsq_fx.files import belongs_to, make_folder, write_text
+    from kdlsq_fx.limits import check_fits
     from kdlsq_fx.qconfig import resolve
 
     chosen = {Path(name).stem if name.endswith(".json") else name: resolve(name) for name in args.qconfig}
@@ -96,8 +97,8 @@ def run_train(args: argparse.Namespace) -> int:
     tokenizer = opening.load_tokenizer(source)
     dataset, measure, figures = cli_data.load(args, tokenizer)
     say(f"{dataset.task.name}: {len(dataset.train)} rows of train, {len(dataset.dev)} of dev")
-    for name in (source, args.teacher or source):
-        job.check_fits(opening.load_config(name), dataset)  # before anything is written down about this run
+    for name in dict.fromkeys((source, args.teacher or source)):
+        check_fits(opening.load_config(name), dataset)  # before anything is written down about this run
     shared = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.precision}
     fp32 = job.Settings(epochs=args.fp32_epochs, lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared)
     data_hashes = [dataset.train.fingerprint, dataset.dev.fingerprint]
@@ -109,8 +110,8 @@ def run_train(args: argparse.Namespace) -> int:
     settings = job.Settings(epochs=args.epochs, lr=args.lr, **shared)
     recipe = job.Recipe(settings=settings, gold=args.gold, **cli_cache.recipe_of(args, tokenizer))
     learned = job.with_texts(dataset, args.more, tokenizer, recipe) if args.more else dataset
-    for model in (start, teacher):
-        job.check_fits(model, learned)
+    for model in (start, teacher) if args.more else ():
+        check_fits(model, learned)
     for name, qconfig in chosen.items():
         mine = {"recipe": asdict(recipe), "teacher": args.teacher, "target": args.target, "qconfig": qconfig.to_dict()}
         mine |= {"more": learned.train.fingerprint} if args.more else {}
@@ -136,8 +137,8 @@ def run_train(args: argparse.Namespace) -> int:
             rows.append(row)
     text = job.table(dataset.task, rows, figures)
     print(text)
-    write_atomic(args.out / "table.md", lambda path: _write(path, text + "\n"))
-    write_atomic(args.out / "table.json", lambda path: _write(path, job.rows_json(dataset, rows)))
+    write_text(args.out / "table.md", text + "\n")
+    write_text(args.out / "table.json", job.rows_json(dataset, rows))
     say(f"written to {args.out}/table.md and table.json")
     return 0
 
@@ -192,11 +193,12 @@ def _eval(commands: Any) -> None:
 def run_eval(args: argparse.Namespace) -> int:
     from kdlsq_fx import job, opening
     from kdlsq_fx.files import write_json
+    from kdlsq_fx.limits import check_fits
 
     tokenizer = opening.load_tokenizer(str(args.tokenizer or find_tokenizer(args.model)))
     dataset, measure, figures = cli_data.load(args, tokenizer)
     model = opening.open_model(args.model, dataset.task, backend=args.backend)
-    job.check_fits(model, dataset, train=False)
+    check_fits(model, dataset, train=False)
     row = measure(args.model.stem, "eval", model, dataset)
     for name in figures or job.figures(dataset.task):
         print(f"{name}\t{row.scores[name]:.2f} ± {row.scores[name + '_se']:.2f}")
@@ -247,10 +249,6 @@ def run_demo(args: argparse.Namespace) -> int:
     from kdlsq_fx import demo
 
     return int(demo.main(args) or 0)
-
-
-def _write(path: str, text: str) -> None:
-    Path(path).write_text(text, encoding="utf-8")
 
 
 def _bytes(folder: Path) -> int:

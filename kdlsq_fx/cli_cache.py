@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
     from kdlsq_fx.api import prepare_qat
     from kdlsq_fx.distillation import distill
     from kdlsq_fx.files import make_folder
-    from kdlsq_fx.job import check_fits
     from kdlsq_fx.kd_cache_build import build_cache
+    from kdlsq_fx.limits import check_fits
 
     make_folder(args.out)  # a wrong name is said before any work
     source = opening.model_source(args.teacher)

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     from kdlsq_fx import data, family_job, job, opening
     from kdlsq_fx.files import belongs_to, make_folder
+    from kdlsq_fx.limits import check_fits
     from kdlsq_fx.qconfig import resolve
 
     budgets = {t: float(family_job.parse_size(t)) for t in args.budget.replace(" ", "").split(",") if t}
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     source = opening.model_source(args.model)
     tokenizer = opening.load_tokenizer(source)
     dataset = replace(data.load(args.data, tokenizer, max_length=args.max_length), device=device_of(args.device))
-    job.check_fits(opening.load_config(source), dataset)
+    check_fits(opening.load_config(source), dataset)
     dataset, held_out = data.held_out(dataset, args.held_out, seed=args.seed)
     shared = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.precision}
     fp32 = job.Settings(epochs=args.fp32_epochs, lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared)

@@ -34,9 +34,9 @@ from kdlsq_fx.files import (
     make_folder,
     read_json,
     read_tensors,
-    write_atomic,
     write_json,
     write_tensors,
+    write_text,
 )
 from kdlsq_fx.opening import load_tokenizer, model_source
 from kdlsq_fx.sentence import cosines, embed, encode_texts, latency, overlap, search
@@ -119,7 +119,7 @@ def run(options: Options, corpus: Corpus | None = None) -> int:
     }
     write_json(demo.out / "results.json", results)
     text = report.text(results, timed=min(TIMED, len(demo.held_out)))
-    write_atomic(demo.out / "table.md", lambda name: _write(name, text))
+    write_text(demo.out / "table.md", text)
     print(text)
     say(f"written to {demo.out}; {results['seconds']:.0f} s this time")
     return 0 if all(c.holds for c in checks) else 1
@@ -285,10 +285,6 @@ def _limit_threads(threads: int) -> None:
         raise ConfigError(f"--threads {threads}", do=f"use 1 to {os.cpu_count()}")
     torch.set_num_threads(threads)
     threadpool_limits(threads)
-
-
-def _write(name: str, text: str) -> None:
-    Path(name).write_text(text, encoding="utf-8")
 
 
 def say(text: str) -> None:

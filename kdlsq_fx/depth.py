@@ -67,3 +67,35 @@ def _bypass(gm: fx.GraphModule, out: fx.Node, value: fx.Node) -> None:
 
 def _quantizers(gm: fx.GraphModule, value: fx.Node) -> list[fx.Node]:
     return [n for n in value.users if n.op == "call_module" and isinstance(gm.get_submodule(str(n.target)), Lsq)]
+
+
+def block_parameters(gm: fx.GraphModule) -> list[set[str] | None]:
+    """For each block the names of parameters that no other part of the graph reads; None where it cannot go."""
+    everything = _constants(gm)
+    found: list[set[str] | None] = []
+    for block in range(count_blocks(gm)):
+        try:
+            found.append(everything - _constants(without(gm, (block,))))
+        except ConfigError:
+            found.append(None)
+    return found
+
+
+def _constants(gm: fx.GraphModule) -> set[str]:
+    return {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
+
+
+def without(gm: fx.GraphModule, blocks: tuple[int, ...]) -> fx.GraphModule:
+    """A second graph over the very same parameters and submodules in which these blocks are left out."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    (out,) = gm.graph.find_nodes(op="output")
+    graph.graph_copy(gm.graph, copies)
+    graph.output(fx.map_arg(out.args[0], copies.__getitem__))
+    made = fx.GraphModule(gm, graph)
+    made.meta = dict(gm.meta)
+    for store in ("_parameters", "_buffers", "_modules"):  # the stores themselves, so that .to() reaches both graphs
+        made.__dict__[store] = gm.__dict__[store]
+    leave_out(made, blocks)
+    made.recompile()
+    return made

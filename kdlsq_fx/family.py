@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from .depth import count_blocks, leave_out
+from .depth import block_parameters, without
 from .distillation import Distiller, distill
 from .errors import ConfigError
-from .graph import fetch, moves_data, op_label, root, site_of
-from .kd_targets import Targets, Wanted
+from .graph import fetch, site_of
+from .kd_targets import Remembered
 from .lsq import Lsq, make_quantizer
 from .model import QuantModel
-from .op import op_of
-from .qconfig import QConfig, Rule, resolve
+from .qconfig import QConfig, resolve
+from .switches import Switch, find_switches
 
 WIDTHS = (2, 3, 4, 6, 8)
 DRAWS = ("one", "sandwich")
@@ -38,18 +38,6 @@ class Member:
 
     bits: tuple[int, ...]
     left_out: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Switch:
-    """A weight whose width is chosen. ``name``: of the parameter; ``quantizer``: the dotted name where the chosen
-    quantizer stands; ``readers``: (site, op, rule) of every op that reads it; ``block``: the only block that reads it,
-    or None."""
-
-    name: str
-    quantizer: str
-    readers: tuple[tuple[str, str, Rule], ...]
-    block: int | None
 
 
 def at_width(qconfig: Any, bits: int) -> QConfig:
@@ -101,6 +89,11 @@ class Family(nn.Module):
     def blocks(self) -> int:
         """How many blocks the student has."""
         return len(self.own)
+
+    @property
+    def owner(self) -> tuple[int, ...]:
+        """The block that each switch goes with, -1: none."""
+        return tuple(-1 if s.block is None else s.block for s in self.switches)
 
     @property
     def largest(self) -> Member:
@@ -277,78 +270,6 @@ def make_family(
     return Family(distill(qat, teacher, **distil), bits=bits, leave_out=leave_out, draws=draws, seed=seed)
 
 
-def find_switches(qat: QuantModel, own: Sequence[set[str] | None]) -> tuple[Switch, ...]:
-    """The weights and tables whose rules give them a width, in the graph's order; ``own``: the blocks' parameters.
-    ConfigError where there are none."""
-    readers: dict[str, list[fx.Node]] = {}
-    names: dict[str, str] = {}
-    for node in qat.gm.graph.nodes:
-        if node.op != "call_module" or not isinstance(lsq := fetch(qat.gm, str(node.target)), Lsq):
-            continue
-        if lsq.role == "weight":
-            readers.setdefault(str(node.target), []).extend(_readers(node))
-            names[str(node.target)] = str(node.target).removesuffix("_lsq")
-    found = []
-    for quantizer, nodes in readers.items():
-        rules = [(site_of(n), op_label(n), qat.qconfig.find(site_of(n), op_label(n))) for n in nodes]
-        spec = fetch(qat.gm, quantizer).spec
-        if all(rule is not None and rule.spec("weight") == spec for _, _, rule in rules):
-            known = tuple((site, op, rule) for site, op, rule in rules if rule is not None)
-            block = next((i for i, held in enumerate(own) if names[quantizer] in (held or ())), None)
-            found.append(Switch(names[quantizer], quantizer, known, block))
-    if not found:
-        do = "use a preset such as W8E8A8, or a rule with weight=QSpec(...)"
-        raise ConfigError("no weight is quantized, so none has a width to choose", where="qconfig", do=do)
-    return tuple(found)
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """The ops that a weight's quantizer serves: those that read it, or the look-up whose rows it quantizes."""
-    source = root(node.args[0])  # type: ignore[arg-type]
-    if source.op != "get_attr":
-        return [source]
-    found: list[fx.Node] = []
-    for user in node.users:
-        found += _readers_behind(user) if moves_data(user) else [user] if op_of(user) is not None else []
-    return found
-
-
-def _readers_behind(mover: fx.Node) -> list[fx.Node]:
-    return [r for u in mover.users for r in (_readers_behind(u) if moves_data(u) else [u])]
-
-
-def block_parameters(gm: fx.GraphModule) -> list[set[str] | None]:
-    """For each block the names of parameters that no other part of the graph reads; None where it cannot go."""
-    everything = _constants(gm)
-    found: list[set[str] | None] = []
-    for block in range(count_blocks(gm)):
-        try:
-            found.append(everything - _constants(without(gm, (block,))))
-        except ConfigError:
-            found.append(None)
-    return found
-
-
-def _constants(gm: fx.GraphModule) -> set[str]:
-    return {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
-
-
-def without(gm: fx.GraphModule, blocks: tuple[int, ...]) -> fx.GraphModule:
-    """A second graph over the very same parameters and submodules in which these blocks are left out."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    (out,) = gm.graph.find_nodes(op="output")
-    graph.graph_copy(gm.graph, copies)
-    graph.output(fx.map_arg(out.args[0], copies.__getitem__))
-    made = fx.GraphModule(gm, graph)
-    made.meta = dict(gm.meta)
-    for store in ("_parameters", "_buffers", "_modules"):  # the stores themselves, so that .to() reaches both graphs
-        made.__dict__[store] = gm.__dict__[store]
-    leave_out(made, blocks)
-    made.recompile()
-    return made
-
-
 def shallower(kd: Distiller, targets: Remembered, blocks: tuple[int, ...]) -> Distiller:
     """The Distiller of a student without some blocks: same modules, same teacher, the taps of the blocks that stay."""
     student = copy.copy(kd.student)
@@ -366,44 +287,3 @@ def place(gm: fx.GraphModule, target: str, module: nn.Module) -> None:
     """Let ``module`` stand under a dotted name, among its neighbours as before."""
     owner, _, last = target.rpartition(".")
     gm.get_submodule(owner)._modules[last] = module
-
-
-class Remembered:
-    """A teacher's targets, asked for once a batch although several students read them.
-
-    A batch is known by its tensor of ids; ``keep`` batches are remembered, the oldest goes first.
-    """
-
-    def __init__(self, targets: Targets, keep: int = 1) -> None:
-        self.targets, self.keep = targets, keep
-        self.seen: dict[int, tuple[Any, Wanted]] = {}
-
-    def only(self, taps: Sequence[int]) -> _Some:
-        return _Some(self, tuple(taps))
-
-    def wanted(self, given: dict[str, Any], inputs: dict[str, torch.Tensor]) -> Wanted:
-        key = next((v for v in given.values() if isinstance(v, torch.Tensor)), next(iter(inputs.values())))
-        if id(key) not in self.seen:
-            while len(self.seen) >= self.keep:
-                self.seen.pop(next(iter(self.seen)))
-            self.seen[id(key)] = (key, self.targets.wanted(given, inputs))  # the tensor too: its id stays taken
-        return self.seen[id(key)][1]
-
-    def forget(self, keep: int = 1) -> None:
-        self.seen.clear()
-        self.keep = keep
-
-
-@dataclass(frozen=True)
-class _Some:
-    """The targets of some of the taps."""
-
-    of: Remembered
-    taps: tuple[int, ...]
-
-    def wanted(self, given: dict[str, Any], inputs: dict[str, torch.Tensor]) -> Wanted:
-        whole = self.of.wanted(given, inputs)
-        return Wanted(tuple(whole.taps[i] for i in self.taps), whole.outputs)
-
-    def move(self, fn: Any, recurse: bool = True) -> None:
-        """The whole Distiller moves the teacher."""

@@ -30,7 +30,7 @@ from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.family import WIDTHS, Family, Member, make_family
 from kdlsq_fx.family_search import Tables, best, check_budgets, refuse_below
 from kdlsq_fx.family_tables import Losses, latency, lower_bound, make_tables, output_distance, stored_bytes
-from kdlsq_fx.files import INFO, make_folder, read_json, read_tensors, write_atomic, write_json, write_tensors
+from kdlsq_fx.files import INFO, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from kdlsq_fx.train import fit
 
 STATE = "model.safetensors"
@@ -187,7 +187,7 @@ class Job:
         qat.save_pretrained(folder / "qat", tokenizer)
         convert(qat).save_pretrained(folder / "int")
         tokenizer.save_pretrained(folder / "int")
-        write_atomic(rules, lambda path: Path(path).write_text(text, encoding="utf-8"))
+        write_text(rules, text)
         return folder, qat
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from .files import make_folder, write_atomic
+from .files import make_folder, write_text
 
 HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}"
  font-family="Helvetica, Arial, sans-serif" font-size="12">
@@ -30,7 +30,7 @@ class Points:
 
 def write(text: str, path: Path) -> Path:
     make_folder(path.parent)
-    write_atomic(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from kdlsq_fx import family_picture, job
 from kdlsq_fx.family_job import TERM, Job, MemberRow
 from kdlsq_fx.family_tables import measure_losses
-from kdlsq_fx.files import write_atomic, write_json
+from kdlsq_fx.files import write_json, write_text
 
 
 def write_sensitivity(task: Job) -> str:
@@ -42,7 +41,7 @@ def write_sensitivity(task: Job) -> str:
         cells = " | ".join(f"{v:.5f}" for v in table[i, :-1])
         lines.append(f"| {names[i]} | {family.weight(i).numel()} | {cells} |")
     text = "\n".join(lines)
-    _put(task.out / "sensitivity.md", text)
+    write_text(task.out / "sensitivity.md", text + "\n")
     return text
 
 
@@ -59,7 +58,7 @@ def write_table(task: Job, rows: Sequence[MemberRow]) -> str:
     fp32 = job.measure("fp32", "fp32", task.start, replace(task.dataset, device="cpu"))
     size = sum(p.numel() * p.element_size() for p in task.start.parameters())
     text = table_text(rows, replace(fp32, size=size), _measure(task))
-    _put(task.out / "table.md", text)
+    write_text(task.out / "table.md", text + "\n")
     write_json(task.out / "table.json", {"format": 1, "members": [asdict(r) for r in rows], "fp32": fp32.scores})
     members = [(r.size / 2**20, r.scores["headline"], r.scores["headline_se"]) for r in rows]
     level = [(at, fp32.scores["headline"], 0.0) for at in (0.0, max(m[0] for m in members))]
@@ -89,7 +88,3 @@ def table_text(rows: Sequence[MemberRow], fp32: job.Row, measure: str) -> str:
             f"{row.held_out:.4f} | {score} |"
         )
     return "\n".join(lines)
-
-
-def _put(path: Path, text: str) -> None:
-    write_atomic(path, lambda name: Path(name).write_text(text + "\n", encoding="utf-8"))

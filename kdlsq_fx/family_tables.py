@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import fx
 
+from .depth import without
 from .errors import CheckpointError
-from .family import Family, Member, without
+from .family import Family, Member
 from .family_search import Array, Tables
 from .files import WEIGHTS, read_json, write_json
 from .graph import op_label, site_of
@@ -225,7 +226,7 @@ def latency(family: Family, run_ms: Callable[[Member], float]) -> tuple[float, A
     widths do not count; blocks of equal work are measured once. ``run_ms`` converts, runs and times a member."""
     whole = run_ms(family.largest)
     work, _, rest = bit_operations(family, 128)
-    owner = np.array([-1 if s.block is None else s.block for s in family.switches])
+    owner = np.array(family.owner)
     known: dict[float, float] = {}
     blocks = np.zeros(family.blocks)
     for block in family.removable if family.most_left_out else []:
@@ -239,7 +240,7 @@ def latency(family: Family, run_ms: Callable[[Member], float]) -> tuple[float, A
 def lower_bound(family: Family, fixed: float, per_block: Array) -> float:
     """The smallest size in bytes of any member."""
     table = size_table(family).min(axis=1)
-    owner = np.array([-1 if s.block is None else s.block for s in family.switches])
+    owner = np.array(family.owner)
     able = family.removable
     sets = [s for n in range(family.most_left_out + 1) for s in combinations(able, n)]
     return min(fixed + float(table[~np.isin(owner, s)].sum()) - float(per_block[list(s)].sum()) for s in sets)
@@ -258,6 +259,5 @@ def make_tables(
     per_block = {"bytes": blocks, "bitops": rest_of_blocks}
     if ms is not None:
         costs["ms"], base["ms"], per_block["ms"] = np.zeros_like(loss), ms[0], ms[1]
-    owner = tuple(-1 if s.block is None else s.block for s in family.switches)
     names = tuple(s.name for s in family.switches)
-    return Tables(family.bits, names, owner, loss, costs, base, per_block, depths)
+    return Tables(family.bits, names, family.owner, loss, costs, base, per_block, depths)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,10 @@ def write_atomic(path: Path, write: Callable[[str], Any]) -> None:
         raise CheckpointError(f"cannot write {path}: {err.strerror or err}", do="choose another folder") from None
     try:
         write(name)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
+        _let_umask_decide(Path(name))
         os.replace(name, path)
-    except (OSError, SafetensorError) as err:  # the latter of a disk that is full, among others
-        what = f"cannot write {path}: {getattr(err, 'strerror', None) or err}"
-        raise CheckpointError(what, do="free space or choose a folder") from err
+    except (OSError, SafetensorError) as err:
+        raise _unwritten(path, err) from err
     finally:
         if os.path.exists(name):
             os.unlink(name)
@@ -69,21 +66,33 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         write(made)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(made, 0o777 & ~umask)
-        for file in made.rglob("*"):
-            if file.is_file():
-                os.chmod(file, 0o666 & ~umask)
+        for path in (made, *made.rglob("*")):
+            _let_umask_decide(path)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(made, folder)
-    except (OSError, SafetensorError) as err:  # the latter of a disk that is full, among others
-        raise CheckpointError(
-            f"cannot write {folder}: {getattr(err, 'strerror', None) or err}", do="free space"
-        ) from err
+    except (OSError, SafetensorError) as err:
+        raise _unwritten(folder, err) from err
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _let_umask_decide(path: Path) -> None:
+    """Temporary files and folders are made for their owner alone; what is kept is readable as any other."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def _unwritten(path: Path, err: Exception) -> CheckpointError:
+    """safetensors has an error of its own for a disk that is full, among others."""
+    what = f"cannot write {path}: {getattr(err, 'strerror', None) or err}"
+    return CheckpointError(what, do="free space or choose a folder")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A UTF-8 file, whole or not at all."""
+    write_atomic(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
 def checksum(path: Path) -> str:
@@ -95,9 +104,13 @@ def checksum(path: Path) -> str:
         raise CheckpointError(f"{path} cannot be read: {err.strerror or err}", do="copy it again") from None
 
 
+def not_finite(names: Iterable[str], tensors: Mapping[str, torch.Tensor]) -> str:
+    """The first of these names whose tensor holds NaN or infinity; "" where none does."""
+    return next((name for name in names if not bool(torch.isfinite(tensors[name]).all())), "")
+
+
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    text = json.dumps(data, indent=1) + "\n"
-    write_atomic(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(data, indent=1) + "\n")
 
 
 def read_json(path: Path, *, newest: int = FORMAT) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from kdlsq_fx import metrics, processes
 from kdlsq_fx.errors import ConfigError, InputError
 from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.files import INFO, write_folder
-from kdlsq_fx.model import limits_of
 from kdlsq_fx.opening import fits_task, load_task_model
 from kdlsq_fx.qconfig import QConfig, QSpec
 from kdlsq_fx.train import Fit, Source, fit
@@ -81,35 +80,14 @@ def fine_tune(
     if (folder / "model.safetensors").is_file():
         return load_task_model(str(folder), dataset.task, seed=settings.seed).eval()
     model = load_task_model(source, dataset.task, seed=settings.seed).to(dataset.device)
-    check_fits(model, dataset)
     fit(model, dataset.train, out_dir=out / "fp32-run", title=f"fp32 {dataset.task.name}", **vars(settings))
     model.eval().cpu()
     if processes.first():
-        write_folder(folder, lambda made: (tokenizer.save_pretrained(made), _saver(model)(made)))
+        parts: list[Any] = [tokenizer, model]
+        write_folder(folder, lambda made: [part.save_pretrained(made) for part in parts])
         drop_state(out / "fp32-run")
     processes.wait()
     return model
-
-
-def check_fits(model: Any, dataset: kd_data.Dataset, *, train: bool = True) -> None:
-    """InputError where a row is longer than the positions of a model, or an id or a token type outside its tables.
-    ``model``: or its configuration; an ONNX file has no limits that could be known. ``train=False``: only what is
-    measured counts."""
-    vocab, positions, kinds = limits_of(model)
-    for name, (longest, largest, kind) in dataset.extents(train=train).items():
-        of, do = f"{name} of {dataset.task.name}", "use the tokenizer that belongs to this model"
-        if positions and longest > positions:
-            what = f"a row has {longest} tokens, the model {positions} positions"
-            raise InputError(what, where=of, do=f"give --max-length {positions} or less")
-        if vocab and largest >= vocab:
-            raise InputError(f"an id is {largest}, the model has a vocabulary of {vocab}", where=of, do=do)
-        if kinds and kind >= kinds:
-            raise InputError(f"a token type is {kind}, the model has {kinds}", where=of, do=do)
-
-
-def _saver(model: torch.nn.Module) -> Callable[[Path], Any]:
-    save: Callable[[Path], Any] = model.save_pretrained  # type: ignore[assignment]
-    return save
 
 
 def student(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -160,3 +160,44 @@ def frozen_teacher(teacher: nn.Module, qat: QuantModel) -> QuantModel:
     else:
         frozen = captured(teacher, qat)
     return frozen.to(qat.device).eval().requires_grad_(False)
+
+
+class Remembered:
+    """A teacher's targets, asked for once a batch although several students read them.
+
+    A batch is known by its tensor of ids; ``keep`` batches are remembered, the oldest goes first.
+    """
+
+    def __init__(self, targets: Targets, keep: int = 1) -> None:
+        self.targets, self.keep = targets, keep
+        self.seen: dict[int, tuple[Any, Wanted]] = {}
+
+    def only(self, taps: Sequence[int]) -> _Some:
+        return _Some(self, tuple(taps))
+
+    def wanted(self, given: dict[str, Any], inputs: dict[str, torch.Tensor]) -> Wanted:
+        key = next((v for v in given.values() if isinstance(v, torch.Tensor)), next(iter(inputs.values())))
+        if id(key) not in self.seen:
+            while len(self.seen) >= self.keep:
+                self.seen.pop(next(iter(self.seen)))
+            self.seen[id(key)] = (key, self.targets.wanted(given, inputs))  # the tensor too: its id stays taken
+        return self.seen[id(key)][1]
+
+    def forget(self, keep: int = 1) -> None:
+        self.seen.clear()
+        self.keep = keep
+
+
+@dataclass(frozen=True)
+class _Some:
+    """The targets of some of the taps."""
+
+    of: Remembered
+    taps: tuple[int, ...]
+
+    def wanted(self, given: dict[str, Any], inputs: dict[str, torch.Tensor]) -> Wanted:
+        whole = self.of.wanted(given, inputs)
+        return Wanted(tuple(whole.taps[i] for i in self.taps), whole.outputs)
+
+    def move(self, fn: Any, recurse: bool = True) -> None:
+        """The whole Distiller moves the teacher."""

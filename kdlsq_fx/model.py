@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ from torch import fx, nn
 from .capture import Captured
 from .devices import moved, ranges
 from .errors import CheckpointError, ConfigError, InputError
+from .limits import captured_limits, kinds_of
 from .losses import loss_for
 from .lowering import Island
 from .qconfig import QConfig
 from .recompute import recomputing
+from .ties import fill_in_ties, leave_out_ties
 
 LABELS = ("labels", "start_positions", "end_positions")
 SWITCHES = ("output_attentions", "output_hidden_states")
 IGNORED = ("num_items_in_batch", "return_dict")  # the Trainer's own; return_dict is read in forward
-ROBERTA = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm", "data2vec-text")
 
 
 class QuantModel(nn.Module):
@@ -41,8 +42,8 @@ class QuantModel(nn.Module):
 
     def __init__(self, captured: Captured, model: nn.Module | None, qconfig: QConfig) -> None:
         super().__init__()
-        self.register_state_dict_post_hook(_leave_out_ties)
-        self.register_load_state_dict_pre_hook(_fill_in_ties)
+        self.register_state_dict_post_hook(leave_out_ties)
+        self.register_load_state_dict_pre_hook(fill_in_ties)
         self.gm = captured.gm
         self.qconfig = qconfig
         self.config = getattr(model, "config", None)
@@ -52,7 +53,7 @@ class QuantModel(nn.Module):
         self.output_type = captured.output_type
         self.signature = _signature(model, captured.inputs)
         self.example = captured.example
-        self._limits = _limits(self.gm, self.config)
+        self._limits = captured_limits(self.gm, self.config)
 
     @property
     def stage(self) -> str:
@@ -111,7 +112,7 @@ class QuantModel(nn.Module):
 
     def covers(self, other: QuantModel) -> bool:
         """Whether every id and token type that ``other`` takes is one that this model takes."""
-        mine, theirs = ((m._limits[0], _kinds(m.config)) for m in (self, other))
+        mine, theirs = ((m._limits[0], kinds_of(m.config)) for m in (self, other))
         return all(not a or (b and b <= a) for a, b in zip(mine, theirs))
 
     def _refuse(self, extra: list[str]) -> None:
@@ -177,7 +178,7 @@ class QuantModel(nn.Module):
             self._check_values(ids, inputs.get("token_type_ids"), vocab)
 
     def _check_values(self, ids: torch.Tensor, types: torch.Tensor | None, vocab: int) -> None:
-        kinds = _kinds(self.config)
+        kinds = kinds_of(self.config)
         (low, high), *of_types = ranges([ids] if types is None or not kinds else [ids, types])
         do = "use the tokenizer that belongs to this model"
         if vocab and (low < 0 or high >= vocab):
@@ -301,59 +302,6 @@ def wrap(captured: Captured, model: nn.Module | None, qconfig: QConfig) -> Quant
     return made if first is None else made.to(first.device)
 
 
-def _ties(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """(a name, an earlier name of the same parameter or buffer): the decoder of a masked-LM head is its embedding."""
-    first: dict[int, str] = {}
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        if first.setdefault(id(tensor), name) != name:
-            yield name, first[id(tensor)]
-
-
-def _leave_out_ties(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """safetensors, and so the Trainer, refuse a state in which two names share memory."""
-    for name, _source in _ties(model):
-        state.pop(prefix + name, None)
-
-
-def _fill_in_ties(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name, source in _ties(model):
-        if prefix + source in state:
-            state.setdefault(prefix + name, state[prefix + source])
-
-
 def _loose(signature: inspect.Signature) -> list[inspect.Parameter]:
     """Positional-or-keyword parameters without annotations, so that ``self`` may stand before them."""
     return [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
-
-
-def _kinds(config: Any) -> int:
-    """Number of token types; 0 where the model has no such limit."""
-    return int(getattr(config, "type_vocab_size", 0) or 0)
-
-
-def _limits(gm: fx.GraphModule, config: Any) -> tuple[int, int]:
-    """(size of the vocabulary, number of positions); 0 where the model has no such limit."""
-    vocab, positions = _configured(config)
-    for node in gm.graph.find_nodes(op="get_attr"):
-        if "position_embeddings" in str(node.target) and "val" in node.meta and node.meta["val"].dim() == 2:
-            positions = int(node.meta["val"].shape[0]) - _position_offset(config)
-    return vocab, positions
-
-
-def limits_of(model: Any) -> tuple[int, int, int]:
-    """(size of the vocabulary, number of positions, number of token types) of a model of ours or Hugging Face's, or by
-    a configuration; 0 where there is no such limit."""
-    config = getattr(model, "config", model)
-    vocab, positions = model._limits if isinstance(model, QuantModel) else _configured(config)
-    return vocab, positions, _kinds(config)
-
-
-def _configured(config: Any) -> tuple[int, int]:
-    positions = int(getattr(config, "max_position_embeddings", 0) or 0)
-    return int(getattr(config, "vocab_size", 0) or 0), max(positions - _position_offset(config), 0)
-
-
-def _position_offset(config: Any) -> int:
-    """RoBERTa's family numbers positions from pad + 1: that many rows of the table are never used."""
-    family = str(getattr(config, "model_type", ""))
-    return int(config.pad_token_id) + 1 if family in ROBERTA else 0

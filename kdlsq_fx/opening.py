@@ -106,7 +106,7 @@ def open_hub_model(source: str) -> torch.nn.Module:
 
     transformers.utils.logging.disable_progress_bar()
     with _reading(source, "model"):
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = load_config(source)
         cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
         return cls.from_pretrained(source).eval()
 

@@ -6,7 +6,6 @@ docs/integer_format.md describes the folder for those who read it without this p
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from .errors import CheckpointError
-from .files import WEIGHTS, make_folder, read_json, read_tensors, write_atomic, write_tensors
+from .files import WEIGHTS, checksum, make_folder, read_json, read_tensors, write_tensors, write_text
 from .graph import fetch, output_args, put, site_of
 from .lowering import Island
 from .op import BY_NAME, op_of
@@ -46,13 +45,13 @@ def save_program(gm: fx.GraphModule, path: str | Path, output_names: Sequence[st
         "format": FORMAT,
         "stage": gm.meta.get("stage", "int"),
         "integer_only": is_integer_only(gm),
-        "constants": {"file": WEIGHTS, "sha256": _hash(folder / WEIGHTS)},
+        "constants": {"file": WEIGHTS, "sha256": checksum(folder / WEIGHTS)},
         "inputs": [input_row(n, symbols) for n in gm.graph.find_nodes(op="placeholder")],
         "outputs": [output_row(gm, name, n, symbols) for name, n in zip(names, results)],
         "nodes": nodes,
         "islands": [[i.site, i.op, i.reason] for i in gm.meta.get("islands", ())],
     }
-    write_atomic(folder / PROGRAM, lambda name: Path(name).write_text(_text(program), encoding="utf-8"))
+    write_text(folder / PROGRAM, _text(program))
     return folder
 
 
@@ -81,19 +80,11 @@ def load_program(path: str | Path) -> fx.GraphModule:
     tensors = read_tensors(folder / WEIGHTS)
     try:
         wanted = program["constants"]["sha256"]
-        if wanted != _hash(folder / WEIGHTS):
+        if wanted != checksum(folder / WEIGHTS):
             raise CheckpointError(f"{folder / WEIGHTS} is not the file that {PROGRAM} was written with", do=DAMAGED)
         return _build(program, tensors, str(folder / PROGRAM))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as err:
         raise CheckpointError(f"{folder / PROGRAM} is damaged: {type(err).__name__}: {err}", do=DAMAGED) from None
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _written(gm: fx.GraphModule, node: fx.Node, symbols: Symbols) -> dict[str, Any]:

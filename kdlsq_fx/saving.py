@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,18 @@ import torch
 from torch import nn
 
 from .errors import CheckpointError, ConfigError
-from .files import FORMAT, INFO, WEIGHTS, checksum, make_folder, read_json, read_tensors, write_json, write_tensors
+from .files import (
+    FORMAT,
+    INFO,
+    WEIGHTS,
+    checksum,
+    make_folder,
+    not_finite,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from .graph import text
 from .qconfig import QConfig
 
@@ -40,7 +51,8 @@ def save_qat(qat: QuantModel, path: str | Path, tokenizer: Any = None) -> Path:
     if qat.stage != "qat":
         do = "save the qat model, or what convert() gives"
         raise ConfigError(f"a {qat.stage} model cannot be saved: only qat and int folders can be loaded", do=do)
-    broken = _not_finite(qat, dict(qat.gm.named_parameters()))
+    own = dict(qat.gm.named_parameters())
+    broken = not_finite(own, own)
     if broken:
         do = "go back to a checkpoint from before the training diverged"
         raise CheckpointError(f"nothing is saved in {path}: a parameter is NaN or infinite", where=broken, do=do)
@@ -89,7 +101,7 @@ def load_qat(folder: Path, prepare: Callable[..., QuantModel], model: nn.Module 
     wrong = sorted(own.keys() ^ tensors.keys()) or [k for k in own if own[k].shape != tensors[k].shape]
     if wrong:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit the graph", where=wrong[0], do="copy the folder again")
-    broken = _not_finite(qat, tensors)
+    broken = not_finite([name for name, _ in qat.gm.named_parameters()], tensors)
     if broken:
         do = "go back to a checkpoint from before the training diverged"
         raise CheckpointError(f"{folder / WEIGHTS} holds NaN or infinity", where=broken, do=do)
@@ -98,11 +110,6 @@ def load_qat(folder: Path, prepare: Callable[..., QuantModel], model: nn.Module 
         raise CheckpointError(f"{folder / WEIGHTS} is not the file that {INFO} was written for", do=do)
     qat.gm.load_state_dict(tensors)
     return qat.eval()
-
-
-def _not_finite(qat: QuantModel, tensors: Mapping[str, torch.Tensor]) -> str:
-    """The first parameter whose tensor is not finite, or ""."""
-    return next((k for k, _ in qat.gm.named_parameters() if not bool(torch.isfinite(tensors[k]).all())), "")
 
 
 _INFO_TYPES = {

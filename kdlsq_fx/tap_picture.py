@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from .files import make_folder, write_atomic
+from .files import make_folder, write_text
 from .tap_plan import Side, TapPlan
 from .taps import Tap
 
@@ -21,8 +21,7 @@ HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{
 def draw(plan: TapPlan, path: Path) -> Path:
     """Write the picture; CheckpointError where it cannot be written."""
     make_folder(path.parent)
-    text = picture(plan)
-    write_atomic(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    write_text(path, picture(plan))
     return path
 
 

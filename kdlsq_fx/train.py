@@ -157,13 +157,13 @@ def fit(
             state["recent"] = (state["recent"] + [mean.loss])[-50:]
             bar.update(1)
             bar.set_postfix_str(f"loss {np.mean(state['recent']):.4f}", refresh=False)
-            due = mean.stop or state["done"] or (save_every and (step + 1) % save_every == 0)
+            late = writes and time.monotonic() - saved > save_seconds
+            due = late or mean.stop or state["done"] or (save_every and (step + 1) % save_every == 0)
             if due:
                 mean.check()
             if log is not None:
                 log.write(step + 1, mean.loss, lr * factor, state["seconds"], mean.parts)
-                if due or time.monotonic() - saved > save_seconds:
-                    mean.check()
+                if due:
                     log.flush()
                     checkpoint.save(folder, model, optimizer, state)
                     saved = time.monotonic()

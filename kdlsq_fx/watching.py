@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kdlsq_fx import processes
-from kdlsq_fx.files import make_folder, write_atomic
+from kdlsq_fx.files import make_folder, write_text
 
 
 class Interrupted(KeyboardInterrupt):
@@ -33,7 +33,7 @@ class Log:
         make_folder(path.parent)
         kept = path.read_text(encoding="utf-8").splitlines()[1 : step + 1] if step and path.exists() else []
         text = "\n".join(["step\tloss\tlr\tseconds\tparts", *kept]) + "\n"
-        write_atomic(path, lambda name: _write(name, text))
+        write_text(path, text)
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, loss: float, lr: float, seconds: float, parts: dict[str, float]) -> None:
@@ -48,10 +48,6 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
-
-
-def _write(name: str, text: str) -> None:
-    Path(name).write_text(text, encoding="utf-8")
 
 
 class Stop:

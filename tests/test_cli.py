@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_glue import bert, tokenizer, write_model, write_sst
+from transformers import PreTrainedModel
 
 import kdlsq_fx as kq
 from kdlsq_fx import checkpoint, job
@@ -25,6 +26,7 @@ from kdlsq_fx.cli import main
 from kdlsq_fx.data import Dataset, Encoded, Task, load
 from kdlsq_fx.errors import CheckpointError, InputError
 from kdlsq_fx.files import write_json
+from kdlsq_fx.limits import check_fits
 
 COMMANDS = ("train", "cache", "convert", "export", "eval", "inspect", "demo")
 QUICK = ["--fp32-epochs", "2", "--fp32-lr", "3e-3", "--epochs", "1", "--lr", "1e-3", "--batch-size", "16"]
@@ -132,20 +134,17 @@ def test_a_kill_while_the_fp32_model_is_written_leaves_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, data = encoder(tmp_path / "bert"), load(write_sst(tmp_path / "sst2"), tokenizer())
-    save, settings = job._saver, job.Settings(epochs=1, batch_size=16)
+    save, settings = PreTrainedModel.save_pretrained, job.Settings(epochs=1, batch_size=16)
 
-    def killed(model: Any) -> Any:
-        def write(folder: Path) -> None:
-            save(model)(folder)
-            raise KeyboardInterrupt
+    def killed(self: Any, folder: Path) -> None:
+        save(self, folder)
+        raise KeyboardInterrupt
 
-        return write
-
-    monkeypatch.setattr(job, "_saver", killed)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", killed)
     with pytest.raises(KeyboardInterrupt):
         job.fine_tune(str(model), data, tokenizer(), out=tmp_path / "out", settings=settings)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["fp32-run"]
-    monkeypatch.setattr(job, "_saver", save)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
     made = job.fine_tune(str(model), data, tokenizer(), out=tmp_path / "out", settings=settings)
     read = job.fine_tune(str(model), data, tokenizer(), out=tmp_path / "out", settings=settings)
     assert all(torch.equal(a, b) for a, b in zip(made.parameters(), read.parameters()))
@@ -192,12 +191,12 @@ def test_what_a_model_takes() -> None:
     def check(rows: Encoded, **changes: Any) -> None:
         config = SimpleNamespace(**{**limits, "max_position_embeddings": 42, **changes})
         for model in (config, SimpleNamespace(config=config)):
-            job.check_fits(model, Dataset(Task(name="t", metric="accuracy"), rows, rows))
+            check_fits(model, Dataset(Task(name="t", metric="accuracy"), rows, rows))
 
     check(data)
     check(data, model_type="bert", max_position_embeddings=40)
     check(data, max_position_embeddings=0)
-    job.check_fits(Path("x.onnx"), Dataset(Task(name="t", metric="accuracy"), data, data))
+    check_fits(Path("x.onnx"), Dataset(Task(name="t", metric="accuracy"), data, data))
     for changes, says in (
         ({"max_position_embeddings": 41}, "40 tokens, the model 39 positions"),
         ({"vocab_size": 6}, "an id is 6, the model has a vocabulary of 6"),

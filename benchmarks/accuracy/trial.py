@@ -14,6 +14,7 @@ from torch import nn
 import kdlsq_fx as kq
 from kdlsq_fx import data, job, metrics, opening, rows, squad_job
 from kdlsq_fx.evaluation import evaluate, evaluate_tokens
+from kdlsq_fx.family_tables import output_distance
 from kdlsq_fx.squad_answers import texts_of
 from kdlsq_fx.squad_metrics import per_question, squad_scores
 from kdlsq_fx.train import fit
@@ -145,14 +146,8 @@ def distance(dataset: data.Dataset, student: np.ndarray, teacher: np.ndarray) ->
     of start and end; for a regression the root mean square."""
     a, b = (torch.from_numpy(x.astype(np.float64)) for x in (student, teacher))
     if dataset.task.regression:
-        return float((a - b).square().mean().sqrt())
+        return float(output_distance(a, b).sqrt())
     if dataset.task.spans:
         rows = [slice(*pair) for pair in zip(dataset.dev.starts, dataset.dev.starts[1:])]
-        return float(np.mean([_kl(a[row].T, b[row].T) for row in rows]))
-    return _kl(a, b)
-
-
-def _kl(student: torch.Tensor, teacher: torch.Tensor) -> float:
-    """Mean over rows of logits [rows, classes]."""
-    p, q = student.log_softmax(-1), teacher.log_softmax(-1)
-    return float((q.exp() * (q - p)).sum(-1).mean())
+        return float(np.mean([output_distance(a[row].T, b[row].T) for row in rows]))
+    return float(output_distance(a, b))
