@@ -100,11 +100,12 @@ class Rule:
                 raise ConfigError(
                     f"rule: {key}={getattr(self, key)!r} is not a QSpec", do="use QSpec(bits=...) or None"
                 )
-        for key in ("weight", "act"):
+        most = {"weight": 8, "act": 32 if self.nonlinear == "polynomial" else 8}  # a polynomial reads an accumulator
+        for key, bits in most.items():
             spec = getattr(self, key)
-            if spec is not None and spec.bits not in range(2, 9):
-                what = f"rule: {key} has {spec.bits} bits"
-                raise ConfigError(what, do="use 2 to 8; more are for wide operands of the integer placement alone")
+            if spec is not None and spec.bits not in range(2, bits + 1):
+                do = "use 2 to 8; more are for wide operands and what a polynomial reads"
+                raise ConfigError(f"rule: {key} has {spec.bits} bits", do=do)
         if type(self.optional) is not bool:
             raise ConfigError(f"rule: optional={self.optional!r} is not true or false", do="use true or false")
         for key in ("site", "op"):
@@ -201,7 +202,8 @@ class QConfig:
             raise ConfigError(what, do="correct the rule or drop it; sites near it: " + ", ".join(near))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self), "rules": [asdict(r) for r in self.rules]}
+        known = {**asdict(self), "left_out": list(self.left_out), "rules": [asdict(r) for r in self.rules]}
+        return {"format": FORMAT, **known}
 
     def to_json(self, indent: int | None = 1) -> str:
         """Text that :meth:`from_json` turns back into an equal QConfig."""

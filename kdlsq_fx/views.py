@@ -20,7 +20,7 @@ TRANSPARENT = ("lsq", "bias_grid", "dropout", "quantize", "dequantize")
 
 @dataclass
 class View:
-    """A graph without quantizers and dropout: nodes in order, and for each the operands by port.
+    """A graph without quantizers, dropout and the turns around a softmax: nodes in order, their operands by port.
 
     Equal calls on equal operands are one node: insertion of a quantizer copies the data movers behind a value.
     """
@@ -60,7 +60,7 @@ def view_of(gm: fx.GraphModule) -> View:
         op = op_of(node)
         if op is not None:
             inputs = inputs[: COMMON.get(op.name)]
-        if op is not None and op.name in TRANSPARENT and inputs:
+        if inputs and (node.meta.get("turn") or (op is not None and op.name in TRANSPARENT)):
             stands_for[node] = inputs[0]
             continue
         frozen = _frozen((node.args, dict(node.kwargs)), stands_for)

@@ -75,9 +75,9 @@ def _softmax_along(node: fx.Node, scores: fx.Node, dim: int, form: str) -> None:
         rows = node.graph.call_function(transpose, (scores, dim, -1))
         made = node.graph.call_function(masked_softmax, (rows, None, -1, form))
         back = node.graph.call_function(transpose, (made, dim, -1))
-    rows.meta = {**node.meta, "val": val, "site": f"{site_of(node)}/rows"}
+    rows.meta = {**node.meta, "val": val, "site": f"{site_of(node)}/rows", "turn": True}
     made.meta = {**node.meta, "val": val}
-    back.meta = {**node.meta, "site": f"{site_of(node)}/back"}
+    back.meta = {**node.meta, "site": f"{site_of(node)}/back", "turn": True}
     node.replace_all_uses_with(back)
     node.graph.erase_node(node)
 
