@@ -25,7 +25,7 @@ from kdlsq_fx.errors import TrainingError
 from kdlsq_fx.kd_cache import Cache
 from kdlsq_fx.kd_cache_build import build_cache
 
-STEPS = 50
+STEPS = {"W2E2A8": 50}  # of the other cases 15
 # Qconfig and options of the loss, in float64: two processes add up in another order than one, in float32 codes flip at
 # near-ties, and curves part after some twenty steps, as they do when the rows of a batch are reordered.
 CASES: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ def loop(case: str, rows: data.Encoded, cache: Path | None = None) -> Any:
     return kd.double()
 
 
-def run(case: str, folder: Path, out: Path, *, stop_at: int = 0, batch_size: int = 8, steps: int = STEPS) -> Any:
+def run(case: str, folder: Path, out: Path, *, stop_at: int = 0, batch_size: int = 8, steps: int = 0) -> Any:
     """Train for so many steps; the first step's gradients and the last weights are written by the first process."""
     rows = data.load(folder, tokenizer()).train
     cache = folder / "cache" if "cached" in CASES[case] else None
@@ -77,7 +77,7 @@ def run(case: str, folder: Path, out: Path, *, stop_at: int = 0, batch_size: int
             raise Cut
 
     train.fit(
-        kd, source, out_dir=out, steps=steps, lr=1e-4, batch_size=batch_size, seed=7, save_every=10, on_step=on_step,
+        kd, source, out_dir=out, steps=steps or STEPS.get(case, 15), lr=1e-4, batch_size=batch_size, seed=7, save_every=10, on_step=on_step,
         groups=param_groups(kd, lr=1e-4, lr_scale_act=1e-3),
     )  # fmt: skip
     if processes.first():
