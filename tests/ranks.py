@@ -77,8 +77,8 @@ def run(case: str, folder: Path, out: Path, *, stop_at: int = 0, batch_size: int
             raise Cut
 
     train.fit(
-        kd, source, out_dir=out, steps=steps or STEPS.get(case, 15), lr=1e-4, batch_size=batch_size, seed=7, save_every=10, on_step=on_step,
-        groups=param_groups(kd, lr=1e-4, lr_scale_act=1e-3),
+        kd, source, out_dir=out, steps=steps or STEPS.get(case, 15), lr=1e-4, batch_size=batch_size, seed=7,
+        save_every=10, on_step=on_step, groups=param_groups(kd, lr=1e-4, lr_scale_act=1e-3),
     )  # fmt: skip
     if processes.first():
         save_file({k: v.clone() for k, v in kd.state_dict().items()}, out / "weights.safetensors")
