@@ -21,7 +21,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,35 +125,52 @@ def build_nncf(name: str, file: Path) -> None:
     ov.save_model(model, file, compress_to_fp16=False)
 
 
-def build_ours(target: str, name: str, file: Path) -> None:
+def recipe(*, integer: bool = False) -> Any:
     """Calibrated, not trained; nearest to the float MiniLM of what was tried (docs/decisions/0014-openvino.md).
 
-    Weights min-max per output channel, tables per row, inputs of dense layers with an offset (LSQ+'s first scale),
-    attention min-max without one: OpenVINO computes attention in floats where its operands have offsets.
+    Weights min-max per output channel, tables per row, first scales of activations from their least and largest value:
+    inputs of dense layers with an offset, attention without one (OpenVINO computes attention in floats where its
+    operands have offsets). Integers only: the same without offsets.
     """
     import kdlsq_fx as kq
 
-    weight, act = kq.QSpec(bits=8, quantizer="minmax", axis=0), kq.QSpec(bits=8, quantizer="lsq+")
-    qconfig = kq.preset("W8E8A8-lsq").with_rules(
-        kq.Rule(site="**", op="linear", weight=weight, act=act),
-        kq.Rule(site="**", op="matmul", act=kq.QSpec(bits=8, quantizer="minmax")),
+    weight = kq.QSpec(bits=8, quantizer="minmax", axis=0)
+    if integer:
+        base = kq.preset("W8E8A8-lsq-int")
+        return replace(base, rules=tuple(_from_extremes(rule, weight) for rule in base.rules))
+    plain, offset = (kq.QSpec(bits=8, quantizer=q, init="minmax") for q in ("lsq", "lsq+"))
+    return kq.preset("W8E8A8-lsq").with_rules(
+        kq.Rule(op="linear", weight=weight, act=offset),
+        kq.Rule(op="matmul", act=plain),
         *(kq.Rule(site=f"**.{t}_embeddings/*", op="embedding", weight=weight) for t in ("word", "position")),
     )
-    qat = kq.prepare_qat(float_model(name), "W8E8A8-lsq-int" if target == "integer" else qconfig)
+
+
+def _from_extremes(rule: Any, weight: Any) -> Any:
+    act, wide = (spec and replace(spec, init="minmax") for spec in (rule.act, rule.wide))
+    return replace(rule, act=act, wide=wide, weight=weight if rule.op == "linear" else rule.weight)
+
+
+def calibrated(name: str, *, integer: bool = False) -> Any:
+    import kdlsq_fx as kq
+
+    qat = kq.prepare_qat(float_model(name), recipe(integer=integer))
     kq.calibrate(qat, [tensors(b) for b in calibration(name)], progress=False)
-    print(kq.export_onnx(qat.eval(), file, target=target), file=sys.stderr)
+    return qat.eval()
+
+
+def build_ours(target: str, name: str, file: Path) -> None:
+    """``recipe()``, exported."""
+    import kdlsq_fx as kq
+
+    print(kq.export_onnx(calibrated(name, integer=target == "integer"), file, target=target), file=sys.stderr)
 
 
 def build_native(name: str, file: Path) -> None:
-    """An int folder for ``backend="native"``."""
+    """``recipe()`` as an int folder, for ``backend="native"``."""
     import kdlsq_fx as kq
-    from kdlsq_fx.backends.int_model import BACKENDS
 
-    if "native" not in BACKENDS:
-        raise ImportError("this version has no native backend")
-    qat = kq.prepare_qat(float_model(name), "W8E8A8-lsq")
-    kq.calibrate(qat, [tensors(b) for b in calibration(name)], progress=False)
-    kq.convert(qat.eval()).save_pretrained(file)
+    kq.convert(calibrated(name)).save_pretrained(file)
 
 
 def fp32_file(name: str) -> Path:
