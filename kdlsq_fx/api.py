@@ -14,7 +14,7 @@ from torch import nn
 
 from .capture import Captured, capture
 from .errors import CalibrationError, ConfigError
-from .files import INFO, read_json
+from .files import read_info
 from .graph import output_args
 from .lsq import Lsq
 from .model import QuantModel, wrap
@@ -162,7 +162,7 @@ def from_pretrained(
     Raises CheckpointError for folders that are absent, damaged, of a later format, or of another graph.
     """
     folder = Path(path)
-    if read_json(folder / INFO).get("stage") == "int":
+    if read_info(folder).get("stage") == "int":
         from .backends import load_executor
 
         return load_executor(folder, backend)

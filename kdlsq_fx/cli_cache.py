@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlsq_fx import cli_data
-from kdlsq_fx.cli_parts import at_least, command, positive, say
+from kdlsq_fx.cli_parts import at_least, command, positive, resumable, say
 from kdlsq_fx.errors import ConfigError
 
 LOSSES = ("kdlsq", "kdlsq-release", "ternarybert", "ternarybert-release", "hsk", "hsk-release")  # kd_named loads torch
@@ -29,11 +29,12 @@ def add(commands: Any) -> None:
     add_loss(p, loss="hsk", compress="1l_10t_0.1h")
 
 
-def add_loss(p: argparse.ArgumentParser, *, loss: str, compress: str | None) -> None:
-    """``--loss`` and what is kept of the teacher's hidden states."""
-    p.add_argument("--loss", choices=LOSSES, default=loss, help="what the student learns from the teacher")
+def add_loss(p: argparse.ArgumentParser, *, loss: str | None, compress: str | None) -> None:
+    """``--loss`` and what is kept of the teacher's hidden states; None: kdlsq and whole, where nothing was given."""
+    text = "what the student learns from the teacher" + ("" if loss else " (default: kdlsq)")
+    p.add_argument("--loss", choices=LOSSES, default=loss, help=text)
     text = "what is kept of the hidden states: 1l_10t_0.1h is 1 layer, 10 tokens, a tenth of the features; whole: all"
-    p.add_argument("--compress", default=compress or "whole", help=text)
+    p.add_argument("--compress", default=compress, help=text + ("" if compress else " (default: whole)"))
     p.add_argument("--tokens", choices=TOKENS, default="attention-no-sep", help="which tokens are kept")
     p.add_argument("--features", choices=FEATURES, default="magnitude", help="which features are kept")
     text = "weight of start and end (--task squad); their mean over positions is small, KDLSQ's release takes 100"
@@ -44,31 +45,46 @@ def add_loss(p: argparse.ArgumentParser, *, loss: str, compress: str | None) -> 
 def add_training(p: argparse.ArgumentParser) -> None:
     """The options of ``train``."""
     p.add_argument("--cache", type=Path, help="learn from a folder made by `kdlsq-fx cache`, without a teacher")
-    add_loss(p, loss="kdlsq", compress=None)
+    add_loss(p, loss=None, compress=None)
 
 
 def chosen_loss(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     """The keywords of ``distill`` that the options ask for."""
     from kdlsq_fx.compression import Compression
 
-    chosen = {"loss": args.loss} | ({"span": args.span} if args.task == cli_data.SQUAD else {})
-    if args.compress == "whole":
+    chosen = {"loss": args.loss or "kdlsq"} | ({"span": args.span} if args.task == cli_data.SQUAD else {})
+    if args.compress in (None, "whole"):
         return chosen
     more = {"tokens": args.tokens, "features": args.features, "mask": args.mask}
     compress = Compression.parse(args.compress, separator=tokenizer.sep_token_id, **more)
     return chosen | {"compress": compress}
 
 
+def check_training(args: argparse.Namespace) -> None:
+    """ConfigError for options of ``train`` that cannot go together, CheckpointError for a cache that is not there:
+    said before any work."""
+    from kdlsq_fx.kd_cache import Cache
+
+    learning = [f"--{name}" for name in ("loss", "compress") if getattr(args, name)]
+    if args.cache is not None:
+        if args.no_teacher or args.teacher:
+            do = "leave --no-teacher and --teacher away; --model names where the student starts"
+            raise ConfigError("a cache takes the place of the teacher", where="--cache", do=do)
+        if learning:
+            do = "leave --loss, --compress away"
+            raise ConfigError("a cache has its loss and compression", where="--cache", do=do)
+        Cache.open(args.cache)
+    wants = ["--teacher"] * bool(args.teacher) + learning + ["--more"] * bool(args.more)
+    if args.no_teacher and wants:
+        do = f"leave {', '.join(wants)} away, or --no-teacher" + "; --model names the start" * bool(args.teacher)
+        raise ConfigError(f"without a teacher there is nothing that {wants[0]} could mean", where="--no-teacher", do=do)
+
+
 def recipe_of(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     """The fields of ``job.Recipe`` that say what a student of ``train`` learns from."""
-    if args.cache is None:
-        return {"teacher": not args.no_teacher, "distil": chosen_loss(args, tokenizer)}
-    if args.no_teacher or args.teacher:
-        do = "leave --no-teacher and --teacher away; --model names where the student starts"
-        raise ConfigError("a cache takes the place of the teacher", where="--cache", do=do)
-    if args.loss != "kdlsq" or args.compress != "whole":
-        raise ConfigError("a cache has its loss and compression", where="--cache", do="leave --loss, --compress away")
-    return {"teacher": True, "cache": str(args.cache)}
+    if args.cache is not None:
+        return {"teacher": True, "cache": str(args.cache)}
+    return {"teacher": not args.no_teacher, "distil": chosen_loss(args, tokenizer)}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,9 +101,7 @@ def run(args: argparse.Namespace) -> int:
     source = opening.model_source(args.teacher)
     tokenizer = opening.load_tokenizer(source)
     dataset, _, _ = cli_data.load(args, tokenizer)
-    if not opening.fits_task(source, dataset.task):
-        do = "fine-tune one first: kdlsq-fx train leaves it in OUT/fp32"
-        raise ConfigError(f"the teacher is no model of {dataset.task.name}", where=source, do=do)
+    opening.check_teacher(source, dataset.task)
     teacher = opening.load_task_model(source, dataset.task, seed=args.seed).eval()
     start = teacher
     if args.model:
@@ -97,11 +111,9 @@ def run(args: argparse.Namespace) -> int:
     kd = distill(prepare_qat(start, args.qconfig), teacher, **chosen_loss(args, tokenizer))
     kd.to("cuda" if torch.cuda.is_available() else "cpu")
     say(f"{dataset.task.name}: {len(dataset.train)} rows of train\n{kd.report()}")
-    try:
+    with resumable(args.out):
         cache = build_cache(
             kd, dataset.train, args.out, store=args.store, batch_size=args.batch_size, tokenizer=tokenizer
         )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; whole shards are kept in {args.out}, run again to go on") from None
     print(cache.report())
     return 0

@@ -44,7 +44,8 @@ def _rows(args: argparse.Namespace, tokenizer: Any, split: str, device: str) -> 
 
     from kdlsq_fx import data, job
 
-    dataset = replace(data.load(args.data, tokenizer, max_length=args.max_length), device=device)
+    options = {"max_length": args.max_length, "training": args.command != "eval"}
+    dataset = replace(data.load(args.data, tokenizer, **options), device=device)
     return replace(dataset, dev=getattr(dataset, split)), _sized(job.measure, args), ()
 
 

@@ -6,7 +6,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kdlsq_fx.cli_parts import DATA_HELP, add_device, at_least, command, device_of, positive, say
+from kdlsq_fx.cli_parts import (
+    DATA_HELP,
+    add_device,
+    add_fp32,
+    at_least,
+    command,
+    device_of,
+    fp32_epochs,
+    positive,
+    resumable,
+    say,
+)
 from kdlsq_fx.errors import ConfigError
 
 
@@ -25,8 +36,7 @@ def add(commands: Any) -> None:
     p.add_argument("--draws", choices=("one", "sandwich"), default="one", help="members of a training step")
     p.add_argument("--steps", type=at_least(1), default=1000, help="training steps")
     p.add_argument("--lr", type=positive, default=2e-4, help="learning rate of the weights")
-    p.add_argument("--fp32-epochs", type=positive, default=3.0, help="epochs of the fp32 fine-tuning")
-    p.add_argument("--fp32-lr", type=positive, default=5e-5, help="learning rate of the fp32 fine-tuning")
+    add_fp32(p)
     p.add_argument("--batch-size", type=at_least(1), default=32, help="rows of a batch")
     p.add_argument("--max-length", type=at_least(4), help="tokens of a row")
     p.add_argument("--seed", type=at_least(0), default=42, help="of the order of rows, the draws, the rows held out")
@@ -62,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     check_fits(opening.load_config(source), dataset)
     dataset, held_out = data.held_out(dataset, args.held_out, seed=args.seed)
     shared = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.precision}
-    fp32 = job.Settings(epochs=args.fp32_epochs, lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared)
+    epochs = fp32_epochs(args, source, dataset.task)
+    fp32 = job.Settings(epochs=epochs, lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared)
     known = {"model": source, "data": [dataset.train.fingerprint, held_out.fingerprint], "fp32": vars(fp32)}
     belongs_to(out, known)
     made = out / ("sensitivity" if args.sensitivity else "members")
@@ -71,10 +82,8 @@ def run(args: argparse.Namespace) -> int:
     belongs_to(make_folder(made), {"plan": {**asdict(plan), "qconfig": qconfig.to_dict()}})
     start = job.start_model(source, dataset, tokenizer, out=out, settings=fp32)
     task = family_job.Job(start, dataset, held_out, plan, made)
-    try:
+    with resumable(out):
         return _look(task) if args.sensitivity else _write(task, budgets, tokenizer, args.latency)
-    except KeyboardInterrupt as stopped:
-        raise KeyboardInterrupt(str(stopped) or f"stopped; what is done is kept in {out}, run again to go on") from None
 
 
 def _look(task: Any) -> int:

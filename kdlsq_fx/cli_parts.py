@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,20 @@ DATA_HELP = (
     "folder in GLUE's layout (train.tsv, dev.tsv; columns sentence[, sentence2], label|score), or a datasets name"
 )
 
+# those of backends/onnx_dialects.py, which takes long to import
+TARGETS = ("ort-cpu", "openvino", "tensorrt", "spec", "integer")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults are shown, where there are some."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.default is False or action.default == []
+        return action.help if nothing else super()._get_help_string(action)
+
 
 def command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    made: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    made: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, formatter_class=Help)
     made.set_defaults(run=run)
     return made
 
@@ -31,6 +41,13 @@ def positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
     return value
 
 
@@ -63,6 +80,37 @@ def device_of(name: str) -> str:
         what = str(e).splitlines()[0]
         raise ConfigError(f"cannot be used ({what})", where=f"--device {name}", do="use auto or cpu") from e
     return name
+
+
+def add_fp32(p: argparse.ArgumentParser) -> None:
+    """Options of the fine-tuning that comes before a student."""
+    text = "epochs of the fp32 fine-tuning (default: 3, or 0 where the model has the task's head already)"
+    p.add_argument("--fp32-epochs", type=not_negative, help=text)
+    p.add_argument("--fp32-lr", type=positive, default=5e-5, help="learning rate of the fp32 fine-tuning")
+
+
+def fp32_epochs(args: argparse.Namespace, source: str, task: Any) -> float:
+    """The epochs that were asked for; without a word a model with the task's head stays as it is, which is said."""
+    from kdlsq_fx.opening import fits_task
+
+    ready = fits_task(source, task)
+    if args.fp32_epochs is None and ready:
+        say(f"{source} has the head of {task.name}: taken as it is (--fp32-epochs N fine-tunes it first)")
+        return 0.0
+    if args.fp32_epochs == 0 and not ready:
+        do = "leave it away, or give a model that was fine-tuned"
+        raise ConfigError(f"{source} has no head of {task.name} yet", where="--fp32-epochs 0", do=do)
+    return 3.0 if args.fp32_epochs is None else float(args.fp32_epochs)
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Ctrl-C in a job whose steps are kept in ``out`` says that it goes on from there."""
+    try:
+        yield
+    except KeyboardInterrupt as e:  # train.Interrupted says itself what was saved
+        what = str(e) or f"stopped; what is done is kept in {out}, run the same command again to go on"
+        raise KeyboardInterrupt(what) from None
 
 
 def find_tokenizer(model: Path) -> Path:

@@ -250,13 +250,17 @@ def held_out(dataset: Dataset, rows: int, *, seed: int, limit: int | None = None
     return replace(dataset, train=train.pick(kept)), train.pick(order[:rows])
 
 
-def load(source: str | Path, tokenizer: Any, *, max_length: int | None = None) -> Dataset:
+def load(source: str | Path, tokenizer: Any, *, max_length: int | None = None, training: bool = True) -> Dataset:
     """Read and tokenize a folder, or a ``datasets`` name such as ``glue/sst2``.
 
-    Raises :class:`InputError` for a missing file, a wrong column, an empty split or a bad label, with file and line.
+    Raises :class:`InputError` for a missing file, a wrong column, an empty split or a bad label, with file and line;
+    for ``training`` also where all rows of train are of one class.
     """
     train_rows, dev_rows, name = read(source)
     task = task_of(name, train_rows)
+    if training and not task.regression and len(set(train_rows.target)) == 1:
+        what = f"all {len(train_rows)} rows are of one class, {train_rows.target[0]!r}: there is nothing to tell apart"
+        raise InputError(what, where=train_rows.source, do="add rows of another class, or check the column of labels")
     if max_length is not None:
         task = replace(task, max_length=max_length)
     return Dataset(task, encode(train_rows, task, tokenizer), encode(dev_rows, task, tokenizer))

@@ -181,7 +181,7 @@ def measure(demo: Demo, name: str, make: Callable[[Demo], tuple[Any, Path]]) -> 
     close = cosines(own, fp32)
     k = min(NEAREST, len(own) - 1)
     near = [search(v, v, k, skip_self=True) for v in (own, fp32)]
-    ms = latency(model, demo.held_out, range(min(TIMED, len(demo.held_out))))
+    ms = latency(model, demo.held_out, range(min(TIMED, len(demo.held_out))), title=f"time {name}")
     row = report.Row(
         own, name=name, cosine=float(close.mean()), lowest=float(close.min()), overlap=overlap(*near),
         bytes=report.size_of(path), file=str(path.relative_to(demo.out)), ms=ms,

@@ -11,13 +11,13 @@ import numpy as np
 
 from kdlsq_fx.data import Encoded
 from kdlsq_fx.errors import ConfigError
+from kdlsq_fx.files import TOKENIZER_FILES
 from kdlsq_fx.qconfig import resolve
 from kdlsq_fx.sentence import cosines, embed
 
 if TYPE_CHECKING:
     from kdlsq_fx.backends.onnx_kernels import KernelReport
 
-TOKENIZER_FILES = ("tokenizer", "vocab", "special_tokens")
 CLOSE = 0.99  # least mean cosine between two executions of one student
 
 

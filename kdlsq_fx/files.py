@@ -22,6 +22,8 @@ from .run_int import ProgramError, unpack
 FORMAT = 1
 INFO = "kdlsq.json"
 WEIGHTS = "model.safetensors"
+# how the names of a tokenizer's files begin
+TOKENIZER_FILES = ("tokenizer", "vocab", "special_tokens", "added_tokens", "merges", "spm", "spiece", "sentencepiece")
 
 
 def make_folder(path: str | Path) -> Path:
@@ -34,6 +36,28 @@ def make_folder(path: str | Path) -> Path:
     except OSError as err:
         raise CheckpointError(f"cannot write to {folder}: {err.strerror or err}", do="choose another folder") from None
     return folder
+
+
+def check_folder(path: Path) -> None:
+    """CheckpointError where :func:`make_folder` would give one; leaves nothing behind. To ask before long work."""
+    there = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as err:
+        raise CheckpointError(f"cannot write to {path}: {err.strerror or err}", do="choose another folder") from None
+
+
+def check_file(path: Path) -> None:
+    """CheckpointError where :func:`write_atomic` would give one; leaves nothing behind. To ask before long work."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"cannot write {path}: it is no plain file", do="give the name of a file")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as err:
+        do = f"choose another folder, or make {path.parent} first"
+        raise CheckpointError(f"cannot write {path}: {err.strerror or err}", do=do) from None
 
 
 def write_atomic(path: Path, write: Callable[[str], Any]) -> None:
@@ -129,6 +153,29 @@ def read_json(path: Path, *, newest: int = FORMAT) -> dict[str, Any]:
             f"{path} has format {version}, this version of kdlsq_fx reads up to {newest}", do="upgrade kdlsq_fx"
         )
     return data
+
+
+def stage_of(folder: Path) -> str:
+    """``qat`` or ``int`` of a folder of ours, ``""`` of any other."""
+    return str(read_json(folder / INFO).get("stage", "")) if (folder / INFO).is_file() else ""
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """``kdlsq.json`` of a folder; CheckpointError, with what to give instead, where the folder is none of ours."""
+    if (folder / INFO).is_file():
+        return read_json(folder / INFO)
+    inside = [p for p in (folder / "qat", folder / "int", *sorted(folder.glob("*/qat"))) if (p / INFO).is_file()]
+    if not folder.exists():
+        what, do = "does not exist", "give a folder written by save_pretrained"
+    elif not folder.is_dir():
+        what, do = "is a file, not a folder", "give a folder written by save_pretrained"
+    elif inside:
+        what, do = "is no qat or int folder itself", f"give {' or '.join(map(str, inside))}"
+    elif (folder / "config.json").is_file():
+        what, do = "holds a model without quantizers", "quantize it first: prepare_qat, or `kdlsq-fx train --model`"
+    else:
+        what, do = f"is no qat or int folder: it has no {INFO}", "give a folder written by save_pretrained"
+    raise CheckpointError(f"{folder} {what}", do=do)
 
 
 def belongs_to(folder: Path, options: Mapping[str, Any], name: str = "settings.json") -> None:

@@ -26,7 +26,7 @@ from kdlsq_fx import metrics, processes
 from kdlsq_fx.errors import ConfigError, InputError
 from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.files import INFO, write_folder
-from kdlsq_fx.opening import fits_task, load_task_model
+from kdlsq_fx.opening import load_task_model
 from kdlsq_fx.qconfig import QConfig, QSpec
 from kdlsq_fx.train import Fit, Source, fit
 
@@ -66,8 +66,8 @@ class Recipe:
 def start_model(
     source: str, dataset: kd_data.Dataset, tokenizer: Any, *, out: Path, settings: Settings
 ) -> torch.nn.Module:
-    """Where students start from: the classifier that was given, or the encoder fine-tuned on the data set."""
-    if fits_task(source, dataset.task):
+    """Where students start from: ``source`` fine-tuned on the data set, or with 0 epochs the classifier as it is."""
+    if not settings.epochs:
         return load_task_model(source, dataset.task, seed=settings.seed).eval()
     return fine_tune(source, dataset, tokenizer, out=out, settings=settings)
 
@@ -212,15 +212,16 @@ def minmax(qconfig: QConfig) -> QConfig:
     return replace(qconfig, rules=tuple(rules))
 
 
-def integer(qat: Any, *, out: Path, preset: str) -> Any:
-    """The integer model on the reference backend; loaded from ``out/<preset>/int`` when it is there."""
+def integer(qat: Any, *, out: Path, preset: str, tokenizer: Any = None) -> Any:
+    """The integer model on the reference backend; loaded from ``out/<preset>/int`` when it is there. The tokenizer is
+    saved beside it."""
     from kdlsq_fx.api import convert, from_pretrained
 
     folder = out / preset / "int"
     if (folder / INFO).is_file():
         return from_pretrained(folder)
     model = convert(qat)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, tokenizer)
     return model
 
 
@@ -314,7 +315,7 @@ def preset_rows(
     if "student (qat)" not in skip:
         yield measure("student (qat)", preset, qat, dataset, size=weight_bytes(out / preset / "qat"))
     if "integer" not in skip:
-        program = integer(qat, out=out, preset=preset)
+        program = integer(qat, out=out, preset=preset, tokenizer=tokenizer)
         yield measure("integer", preset, program, dataset, size=weight_bytes(out / preset / "int"))
     if "ONNX" not in skip:
         path = onnx_file(qat, out=out, preset=preset, target=target)

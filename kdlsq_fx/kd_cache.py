@@ -73,6 +73,9 @@ class Cache:
         """A finished cache. CheckpointError where it is not there, not finished, or a shard is missing or cut short;
         the checksum of a shard is verified when it is first read."""
         folder = Path(path)
+        if not (folder / INDEX).is_file():
+            do = f"name a folder that `kdlsq-fx cache` wrote, or make it: kdlsq-fx cache --out {folder}"
+            raise CheckpointError("no distillation cache there", where=str(folder), do=do)
         index = read_json(folder / INDEX)
         if index.get("kind") != "distillation cache":
             raise CheckpointError("the folder holds no distillation cache", where=str(folder), do="kdlsq-fx cache")

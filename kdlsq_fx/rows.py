@@ -53,6 +53,8 @@ def read(source: str | Path) -> tuple[Rows, Rows, str]:
     folder = Path(source)
     if folder.is_dir():
         return read_file(find_split(folder, "train")), read_file(find_split(folder, "dev")), folder.resolve().name
+    if folder.is_file():
+        raise InputError("a file, not a folder", where=str(source), do=f"give its folder: {folder.parent}")
     if folder.is_absolute() or folder.suffix or str(source).startswith("."):
         raise InputError("no such data folder", where=str(source), do="give a folder holding train.tsv and dev.tsv")
     return read_hub(str(source))
@@ -64,7 +66,10 @@ def find_split(folder: Path, split: str) -> Path:
     names = [stem + end for stem in stems for end in (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")]
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
-        raise InputError(f"no {split} file", where=str(folder), do=f"add one of {', '.join(names)}")
+        do = f"add one of {', '.join(names)}"
+        if (folder / f"{split}.csv").is_file():
+            do = f"write {split}.csv as {names[0]}: columns separated by tabs, nothing quoted"
+        raise InputError(f"no {split} file", where=str(folder), do=do)
     return found[0]
 
 
@@ -124,6 +129,8 @@ def to_rows(numbered: Iterator[tuple[int, dict[str, Any]]], source: str, *, labe
     target = next((c for c in TARGETS if c in keys), None) if labelled else ""
     if columns is None or target is None:
         do = "name the columns sentence[, sentence2]" + (" and label (classes) or score (a number)" if labelled else "")
+        if len(keys) == 1 and "," in next(iter(keys)):
+            do = "separate the columns by tabs, not by commas"
         raise InputError(f"columns are {', '.join(map(repr, keys))}", where=source, do=do)
     for number, row in found:
         bad = [c for c in columns if not isinstance(row.get(c), str) or not row[c].strip()]

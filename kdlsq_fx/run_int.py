@@ -612,26 +612,46 @@ def save(path: Path, arrays: dict[str, Array]) -> None:
     part.replace(path)
 
 
+def summary(name: str, x: Array) -> str:
+    """One line about an output: type, shape, extremes, first values."""
+    values = ", ".join(f"{float(v):.6g}" for v in x.ravel()[:6])
+    more = ", ..." if x.size > 6 else ""
+    extremes = f"from {float(x.min()):.6g} to {float(x.max()):.6g}" if x.size else "empty"
+    return f"{name}: {x.dtype}{list(x.shape)}, {extremes}: {values}{more}"
+
+
+def run(program: Program, options: argparse.Namespace) -> None:
+    """Run the program on the arrays of ``--input``, write what was asked for, print what came out."""
+    seen: dict[str, Array] = {}
+    with np.load(options.input) as file:
+        outputs = program(sites=seen.__setitem__ if options.sites else None, **dict(file))
+    for name, array in outputs.items():
+        print(summary(name, array))
+    for path, arrays in ((options.output, outputs), (options.sites, seen)):
+        if path:
+            save(Path(path), arrays)
+            print(f"written to {path}: {len(arrays)} arrays")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", help="a folder with program.json and model.safetensors")
     parser.add_argument("--input", help=".npz file with one array per input")
-    parser.add_argument("--output", help=".npz file to write the outputs to")
+    parser.add_argument("--output", help=".npz file to write the outputs to; a summary is printed anyway")
     parser.add_argument("--sites", help=".npz file to write the codes of every rounding op to, by site")
-    parser.add_argument("--show", action="store_true", help="print inputs, outputs and the ops with their counts")
+    parser.add_argument("--show", action="store_true", help="print inputs, outputs, ops (done without --input)")
     parser.add_argument("--exact", action="store_true", help="products in plain int64 (slow)")
     options = parser.parse_args(argv)
+    if (options.output or options.sites) and not options.input:
+        parser.error("there is nothing to write without --input FILE.npz")
     try:
         program = load(options.folder, options.exact)
-        if options.show:
+        if options.show or not options.input:
             print(program.show())
         if options.input:
-            seen: dict[str, Array] = {}
-            with np.load(options.input) as file:
-                outputs = program(sites=seen.__setitem__ if options.sites else None, **dict(file))
-            for path, arrays in ((options.output, outputs), (options.sites, seen)):
-                if path:
-                    save(Path(path), arrays)
+            run(program, options)
+        else:
+            print("nothing was run: give --input FILE.npz with one array per input, by the names above")
     except (ProgramError, OSError, ValueError, zipfile.BadZipFile) as err:
         print(f"run_int: {err}", file=sys.stderr)
         return 1

@@ -92,12 +92,15 @@ def overlap(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, wanted)]))
 
 
-def latency(model: Any, data: Encoded, rows: Sequence[int] | np.ndarray, *, batch_size: int = 1) -> float:
+def latency(
+    model: Any, data: Encoded, rows: Sequence[int] | np.ndarray, *, batch_size: int = 1, title: str = "time"
+) -> float:
     """Median milliseconds per text over batches of ``batch_size`` rows, tokenization not included; one batch is run
     before, to warm up."""
     run = runner(model)
     times: list[float] = []
-    for at in range(0, len(rows) - batch_size + 1, batch_size):
+    starts, quiet = range(0, len(rows) - batch_size + 1, batch_size), not sys.stderr.isatty()
+    for at in tqdm(starts, desc=title, disable=quiet, unit="batch", dynamic_ncols=True):
         batch = data.batch(rows[at : at + batch_size], labels=False)
         if not times:
             vectors_of(run, batch)

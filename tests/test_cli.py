@@ -27,6 +27,7 @@ from kdlsq_fx.data import Dataset, Encoded, Task, load
 from kdlsq_fx.errors import CheckpointError, InputError
 from kdlsq_fx.files import write_json
 from kdlsq_fx.limits import check_fits
+from kdlsq_fx.opening import load_tokenizer
 
 COMMANDS = ("train", "cache", "convert", "export", "eval", "inspect", "demo")
 QUICK = ["--fp32-epochs", "2", "--fp32-lr", "3e-3", "--epochs", "1", "--lr", "1e-3", "--batch-size", "16"]
@@ -89,7 +90,7 @@ def test_wrong_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -
         (["convert", "nowhere", "out"], "does not exist"),
         (["export", "nowhere", "x.onnx"], "does not exist"),
         (["eval", "nowhere.onnx", "--data", "x"], "no such folder or file"),
-        (["eval", ".", "--data", "x"], "no tokenizer near"),
+        (["eval", ".", "--data", "x"], "is no qat or int folder"),
         (["inspect", "./nowhere"], "no model there"),
     ],
 )
@@ -287,6 +288,8 @@ def test_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
         "fp32", "min-max PTQ", "student (qat)", "integer", "ONNX"
     ]  # fmt: skip
+    assert (out / "fp32" / "model.safetensors").is_file()  # a ready classifier, and yet --fp32-epochs is obeyed
+    assert (out / "W8E8A8" / "int" / "tokenizer.json").is_file()
     rows = {row["model"]: row for row in json.loads((out / "table.json").read_text())["rows"]}
     assert rows["student (qat)"]["predictions"] == rows["integer"]["predictions"] == rows["ONNX"]["predictions"]
     assert (out / "table.md").read_text().strip() == table.strip()
@@ -300,6 +303,7 @@ def test_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     ]
     qat = out / "W8E8A8" / "qat"
     assert main(["convert", str(qat), str(tmp_path / "int")]) == 0
+    assert load_tokenizer(str(tmp_path / "int"))("good film")["input_ids"] == tokenizer()("good film")["input_ids"]
     assert main(["export", str(qat), str(tmp_path / "model.onnx")]) == 0
     capsys.readouterr()
     said = []

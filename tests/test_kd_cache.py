@@ -177,7 +177,7 @@ def test_damage_is_told(tmp_path: Path) -> None:
         Cache.open(tmp_path)
     build_cache(kd, rows, tmp_path, shard_bytes=2000)  # makes the bad one again
     assert path.read_bytes() == good
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="no distillation cache there"):
         Cache.open(tmp_path / "nothing")
 
 

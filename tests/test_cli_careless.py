@@ -1,0 +1,235 @@
+"""A careless user: each mistake is told before any work, with where it is and a hint that is right."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+from tiny_glue import bert, tokenizer, write_model, write_sst
+
+import kdlsq_fx as kq
+from kdlsq_fx import cli_parts, hub, job
+from kdlsq_fx.cli import main
+from kdlsq_fx.data import load
+from kdlsq_fx.errors import CheckpointError, ConfigError
+from kdlsq_fx.files import check_file, check_folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set, a classifier, an encoder, a run with qat/ and int/, an ONNX file, and things of a wrong kind."""
+    at = tmp_path_factory.mktemp("careless")
+    data = write_sst(at / "sst2", train=32, dev=8)
+    write_model(at / "clf")
+    config = json.loads((write_model(at / "enc") / "config.json").read_text())
+    (at / "enc" / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
+    qat = kq.prepare_qat(bert().eval(), "W8E8A8")
+    kq.calibrate(qat, load(data, tokenizer()).train.sample(2, batch_size=8, seed=0), progress=False)
+    qat.eval().save_pretrained(at / "run" / "qat", tokenizer())
+    kq.convert(qat).save_pretrained(at / "run" / "int", tokenizer())
+    for name in ("m.onnx", "notes.txt"):
+        (at / name).write_text("no model")
+    for name, text in (("one", "sentence\tlabel\ngood\t1\nfine\t1\n"), ("comma", "sentence,label\ngood,1\nbad,0\n")):
+        write_sst(at / name, train=2, dev=2)
+        (at / name / "train.tsv").write_text(text)
+    (at / "csv").mkdir()
+    (at / "csv" / "train.csv").write_text("sentence,label\ngood,1\nbad,0\n")
+    (at / "empty").mkdir()
+    return at
+
+
+TRAIN = ["train", "--out", "o", "--data", "sst2", "--model", "enc"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says", "do"),
+    [
+        (["convert", "c", "run/qat"], "wrong way round", "kdlsq-fx convert run/qat c"),
+        (["convert", "clf", "c"], "a model without quantizers", "kdlsq-fx train --model"),
+        (["convert", "m.onnx", "c"], "is a file, not a folder", "save_pretrained"),
+        (["convert", "run", "c"], "no qat or int folder itself", "give run/qat or run/int"),
+        (["convert", "empty", "c"], "has no kdlsq.json", "save_pretrained"),
+        (["convert", "run/int", "c"], "converted already", "the qat model it was made from"),
+        (["convert", "run/qat", "run/qat"], "another model stands in the output", "name a new folder"),
+        (["convert", "run/qat", "clf"], "another model stands in the output", "name a new folder"),
+        (["convert", "run/qat", "notes.txt/x"], "cannot write to notes.txt/x", "another folder"),
+        (["export", "m.onnx", "run/qat"], "wrong way round", "kdlsq-fx export run/qat m.onnx"),
+        (["export", "run/qat", "empty"], "does not end in .onnx", "empty/model.onnx"),
+        (["export", "run/qat", "model"], "does not end in .onnx", "model.onnx"),
+        (["export", "run/qat", "no/m.onnx"], "cannot write no/m.onnx", "make no first"),
+        (["eval", "run/qat", "--data", "csv"], "no train file", "write train.csv as train.tsv"),
+        (["eval", "run/qat", "--data", "comma"], "columns are 'sentence,label'", "by tabs, not by commas"),
+        (["eval", "run/qat", "--data", "sst2/train.tsv"], "a file, not a folder", "give its folder: sst2"),
+        (["eval", "run", "--data", "sst2"], "no qat or int folder itself", "give run/qat or run/int"),
+        (["eval", "notes.txt", "--data", "sst2"], "neither a folder nor an ONNX file", ".onnx file"),
+        (
+            ["eval", "run/qat", "--data", "sst2", "--backend", "native"],
+            "for an int folder only",
+            "leave --backend away",
+        ),
+        (["eval", "run/qat", "--data", "sst2", "--out", "no/x.json"], "cannot write no/x.json", "make no first"),
+        (["eval", "run/qat", "--data", "sst2", "--tokenizer", "m.onnx"], "not the folder of a tokenizer", "a folder"),
+        (["inspect", "run"], "no qat or int folder itself", "give run/qat or run/int"),
+        (["inspect", "m.onnx"], "not the folder of a model", "give a folder"),
+        (
+            [*TRAIN[:-1], "run/qat"],
+            "holds a qat model, this needs a float one",
+            "the float model that it was made from",
+        ),
+        ([*TRAIN[:-1], "run/int"], "holds a int model, this needs a float one", "the float model"),
+        ([*TRAIN[:-1], "empty"], "no config.json", "the folder of a Hugging Face model"),
+        ([*TRAIN, "--teacher", "enc"], "the teacher is no model of sst2", "fine-tune one first"),
+        ([*TRAIN, "--cache", "nocache"], "no distillation cache there", "kdlsq-fx cache --out nocache"),
+        ([*TRAIN, "--no-teacher", "--loss", "hsk"], "nothing that --loss could mean", "leave --loss away, or --no-t"),
+        ([*TRAIN, "--no-teacher", "--compress", "1l"], "nothing that --compress could mean", "leave --compress away"),
+        ([*TRAIN, "--no-teacher", "--teacher", "clf"], "nothing that --teacher could mean", "--model names the start"),
+        ([*TRAIN, "--more", "nosuch.tsv"], "cannot be read", "check that"),
+        ([*TRAIN, "--fp32-epochs", "0"], "enc has no head of sst2 yet", "leave it away"),
+        ([*TRAIN, "--data", "one"], "all 2 rows are of one class, '1'", "rows of another class"),
+        ([*TRAIN, "--out", "notes.txt/x"], "cannot write to notes.txt/x", "another folder"),
+    ],
+)
+def test_a_mistake_is_told_first(
+    argv: list[str],
+    says: str,
+    do: str,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(place)
+    for name in ("fit", "calibrated"):  # the check came first, or these would have to run
+        monkeypatch.delattr(job, name)
+    before = {p: p.stat().st_mtime_ns for p in place.rglob("*") if p.is_file()}
+    assert main(argv) == 1
+    said = capsys.readouterr().err
+    assert says in said and do in said.split("->")[1] and "Traceback" not in said, said
+    assert before == {p: p.stat().st_mtime_ns for p in place.rglob("*") if p.is_file()}  # nothing written or lost
+    shutil.rmtree(place / "o", ignore_errors=True)
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "a.json", tmp_path / "file"):
+        check_file(path)
+    check_folder(tmp_path / "new" / "deep")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    for check, path in ((check_file, "no/a"), (check_file, "."), (check_folder, "file"), (check_folder, "file/x")):
+        with pytest.raises(CheckpointError, match="cannot write"):
+            check(tmp_path / path)
+
+
+def test_epochs_of_a_ready_classifier(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = load(place / "sst2", tokenizer()).task
+    for model, asked, epochs, said in (
+        ("clf", None, 0.0, "taken as it is"),
+        ("clf", 0.5, 0.5, ""),
+        ("clf", 0.0, 0.0, ""),
+        ("enc", None, 3.0, ""),
+        ("enc", 1.0, 1.0, ""),
+    ):
+        options = argparse.Namespace(fp32_epochs=asked)
+        assert cli_parts.fp32_epochs(options, str(place / model), task) == epochs
+        heard = capsys.readouterr().err
+        assert said in heard and bool(heard) == bool(said)
+
+
+def test_without_epochs_the_classifier_stays(place: Path) -> None:
+    data = load(place / "sst2", tokenizer())
+    settings = job.Settings(epochs=0)
+    kept = job.start_model(str(place / "clf"), data, tokenizer(), out=place / "none", settings=settings)
+    assert all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), bert().state_dict().values()))
+    assert not (place / "none").exists()
+
+
+# Names on the hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does to the first request of a download."""
+
+    answers = {"known/model": (200, ""), "busy/model": (429, ""), "bare/model": (404, "EntryNotFound")}
+
+    def do_HEAD(self) -> None:
+        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        status, code = self.answers.get(self.path.strip("/").partition("/resolve")[0], (404, "RepoNotFound"))
+        self.send_response(status)
+        for key, value in (
+            ("X-Repo-Commit", "0" * 40),
+            ("ETag", '"1"'),
+            ("Content-Length", "0"),
+            ("X-Error-Code", code),
+        ):
+            self.send_header(key, value)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def point_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked = []  # type: ignore[attr-defined]
+    Thread(target=server.serve_forever, daemon=True).start()
+    point_at(f"http://127.0.0.1:{server.server_port}", monkeypatch)
+    yield server.asked  # type: ignore[attr-defined]
+    server.shutdown()
+
+
+def test_a_hub_is_asked_once(asked: list[str]) -> None:
+    for name in ("known/model", "busy/model"):  # what is busy is left to the download
+        hub.check_hub_name(name)
+    hub.check_hub_name("bare/model", what="tokenizer")
+    assert len(asked) == 3
+    for name, says in (("nosuch/model", "no such model on the hub"), ("bare/model", "without a config.json")):
+        with pytest.raises(ConfigError, match=says):
+            hub.check_hub_name(name)
+    assert len(asked) == 5
+    for name, says in (("a/b/c", "no hub name"), ("./x", "no such folder"), (__file__, "a file, not the folder")):
+        with pytest.raises(ConfigError, match=says):
+            hub.check_hub_name(name)
+    assert len(asked) == 5
+
+
+def test_a_hub_out_of_reach_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    point_at("http://hub.invalid", monkeypatch)  # a name that never resolves
+    assert main(["inspect", "nosuch/model"]) == 1
+    said = capsys.readouterr().err
+    assert (
+        "the hub cannot be reached (" in said and "offline, give the folder" in said and "Retrying" not in caplog.text
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["inspect", "nosuch/model"]) == 1
+    said = capsys.readouterr().err
+    assert "HF_HUB_OFFLINE is set" in said and "cannot be reached" not in said
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdlsq_fx.demo.load_corpus", stopped)
+    monkeypatch.setattr("kdlsq_fx.opening.model_source", stopped)
+    for argv in (["demo"], ["train", "--data", "x"]):
+        assert main([*argv, "--out", str(tmp_path)]) == 130
+        said = capsys.readouterr().err
+        assert f"kept in {tmp_path}" in said and "again to go on" in said
