@@ -315,10 +315,22 @@ def test_the_folder_runs_by_itself(saved: tuple[str, Any, Path], tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert "int_linear" in done.stdout and "input_ids: int64 ['batch', 'length']" in done.stdout
     want, sites, _, _ = both(model, data, run_int.load(folder))
+    for expected in want:  # what came out is printed, and where it was written
+        assert f"{expected.dtype}{list(expected.shape)}, from {float(expected.min()):.6g} to" in done.stdout
+    assert f"written to {tmp_path / 'out.npz'}: {len(want)} arrays" in done.stdout
     with np.load(tmp_path / "out.npz") as outputs, np.load(tmp_path / "sites.npz") as codes:
         for expected, found in zip(want, outputs.values(), strict=True):
             np.testing.assert_array_equal(expected, found, strict=True)
         assert set(codes) == set(sites)
+
+
+def test_a_folder_alone_is_shown(saved: tuple[str, Any, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_int.main([str(saved[2])]) == 0
+    said = capsys.readouterr().out
+    assert "input_ids: int64" in said and "nothing was run: give --input" in said
+    with pytest.raises(SystemExit) as stopped:
+        run_int.main([str(saved[2]), "--output", "x.npz"])
+    assert stopped.value.code == 2 and "without --input" in capsys.readouterr().err
 
 
 # What cannot be run
