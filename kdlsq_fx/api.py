@@ -158,7 +158,8 @@ def from_pretrained(
 ) -> Any:
     """Load a folder: ``qat/`` gives a trainable QuantModel, ``int/`` a model that runs on ``backend``.
 
-    ``model`` and ``passes`` as they were given to ``prepare_qat``, for models that are not Hugging Face's.
+    ``model`` as it was given to ``prepare_qat``, for models that are not Hugging Face's; ``passes`` likewise, where
+    there were some (a qat folder names them and holds no code; an int folder needs none).
     Raises CheckpointError for folders that are absent, damaged, of a later format, or of another graph.
     """
     folder = Path(path)

@@ -109,7 +109,8 @@ def _example_inputs(model: nn.Module, example: Any) -> dict[str, Any]:
     mask = torch.ones_like(ids)
     mask[1, length // 2 :] = 0
     given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
-    return {k: given[k] for k in TEXT_INPUTS if k in names}
+    one_type = int(getattr(config, "type_vocab_size", 2) or 0) < 2  # RoBERTa's: zeros are all there is to hand in
+    return {k: given[k] for k in TEXT_INPUTS if k in names and not (k == "token_type_ids" and one_type)}
 
 
 def _given(names: list[str], example: Any) -> dict[str, Any]:

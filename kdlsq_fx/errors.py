@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class KdlsqError(Exception):
     """Base of every error raised for something a user handed in.
@@ -12,6 +14,10 @@ class KdlsqError(Exception):
     def __init__(self, what: str, *, where: str = "", do: str = "") -> None:
         self.what, self.where, self.do = what, where, do
         super().__init__(what + (f" [at {where}]" if where else "") + (f"\n  -> {do}" if do else ""))
+
+    def at(self, where: str) -> Self:
+        """The same error, said of a place that only the caller knows."""
+        return type(self)(self.what, where=where, do=self.do)
 
 
 class CaptureError(KdlsqError):
@@ -32,6 +38,10 @@ class InputError(KdlsqError, ValueError):
 
 class VerifyError(KdlsqError):
     """A graph breaks a promise of its stage; the pass that ran last is at fault."""
+
+
+class PassError(KdlsqError):
+    """A user's pass raised an exception (its ``__cause__``) or left a graph that cannot be compiled."""
 
 
 class LoweringError(KdlsqError):

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from kdlsq_fx import fused
 from kdlsq_fx.baselines import Ema, MinMax, Twn
 from kdlsq_fx.fused_grid import Grid, step_of
-from kdlsq_fx.qconfig import QSpec
+from kdlsq_fx.qconfig import DEFAULT_QUANTIZER, QSpec
 from kdlsq_fx.quantizer import Lsq, Role, along, round_codes, to_real
 from kdlsq_fx.scale_init import Summary, initial_offset
 
@@ -212,7 +212,7 @@ def make_quantizer(spec: QSpec, *, channels: int | None = None, numel: int = 0, 
 
     ConfigError for an axis without channels or on an activation, and for twn on an activation.
     """
-    return QUANTIZERS[spec.quantizer](spec, role=role, channels=channels, numel=numel, site=site)
+    return QUANTIZERS[spec.quantizer or DEFAULT_QUANTIZER](spec, role=role, channels=channels, numel=numel, site=site)
 
 
 class _RoundToGrid(torch.autograd.Function):

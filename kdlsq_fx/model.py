@@ -32,9 +32,10 @@ class QuantModel(nn.Module):
     """A graph of any stage, called like the Hugging Face model it was captured from.
 
     ``gm`` is the graph; ``config`` the model's configuration (None for other modules); ``qconfig`` what was asked for.
-    A missing attention mask means ones (with a warning where pad ids occur), missing token types mean zeros. With
-    labels the output's first field is the loss, computed outside the graph as Hugging Face does: the mean over the
-    batch, so that the Trainer has to divide it by its accumulation steps.
+    A missing attention mask means ones (with a warning where pad ids occur), missing token types mean zeros (of a model
+    with one type they are no input of the graph, and zeros are taken). With labels the output's first field is the
+    loss, computed outside the graph as Hugging Face does: the mean over the batch, so that the Trainer has to divide it
+    by its accumulation steps.
     """
 
     accepts_loss_kwargs = False  # the Trainer believes a ``**kwargs`` otherwise, and sums the losses it accumulates
@@ -121,6 +122,8 @@ class QuantModel(nn.Module):
             return
         what = f"argument {', '.join(extra)} was not captured; the graph takes {', '.join(self.input_names)}"
         do = f"capture with example={{..., {extra[0]!r}: ...}} to make it an input of the graph"
+        if extra[0] == "token_type_ids" and self.config is not None and kinds_of(self.config) < 2:
+            do = "leave it away, or pass zeros: this model has one token type"
         if extra[0] in SWITCHES:
             do = "leave it away: the graph gives the model's plain outputs; distill() reads inner values at taps"
         raise InputError(what, do=do)
@@ -246,7 +249,9 @@ TEXT = {"input_ids", "attention_mask", "token_type_ids"}
 
 
 def _neutral(name: str, value: Any) -> bool:
-    """Arguments that change nothing: None, and the defaults of the output switches."""
+    """Arguments that change nothing: None, the defaults of the output switches, and token types that are all zero."""
+    if name == "token_type_ids" and isinstance(value, torch.Tensor):
+        return torch.compiler.is_compiling() or not bool(value.any())
     return value is None or name in IGNORED or (name in SWITCHES and value is False)
 
 

@@ -11,8 +11,10 @@ from typing import TextIO
 
 from torch import fx
 
-from .errors import ConfigError
+from .errors import ConfigError, PassError
 from .graph import assign_sites, mark_plumbing, text
+from .op import op_of
+from .shapes import check_kept, infer_types
 from .verify import STAGES, verify
 
 Pass = Callable[[fx.GraphModule], None]
@@ -70,14 +72,18 @@ def run_passes(
     """Run ``passes`` in order on ``gm`` in place; a user's pass runs at the end of its stage.
 
     ``stop_after`` names the pass after which to stop (ConfigError when there is none of that name).
-    Raises VerifyError naming the pass that broke a promise of the stage.
+    Raises VerifyError naming the pass that broke a promise of the stage, and PassError naming the user's pass that
+    raised. After a user's pass every value that was there before must have the shape it had.
     """
-    plan = _with_user_passes(list(passes), list(user), str(gm.meta["stage"]))
+    own = list(user)
+    plan = _with_user_passes(list(passes), own, str(gm.meta["stage"]))
     names = [p.__name__ for p in plan]
     if stop_after is not None and stop_after not in names:
         raise ConfigError(f"stop_after={stop_after!r} is no pass of this pipeline", do=f"use one of {', '.join(names)}")
     for step in plan:
-        _run_one(gm, step, trace)
+        _run_one(gm, step, trace, own=step in own)
+        if step in own:
+            gm.meta["user_passes"] = [*gm.meta.get("user_passes", []), step.__name__]  # saved with a qat folder
         if step.__name__ == stop_after:
             break
     return gm
@@ -114,22 +120,45 @@ def _with_user_passes(plan: list[Pass], user: list[Pass], stage: str) -> list[Pa
     return plan
 
 
-def _run_one(gm: fx.GraphModule, step: Pass, trace: Trace | None) -> None:
+def _run_one(gm: fx.GraphModule, step: Pass, trace: Trace | None, *, own: bool) -> None:
+    """One pass, ours or the user's ``own``."""
     before, after = _stages(step)
     if gm.meta["stage"] != before:
         raise ConfigError(f"pass {step.__name__} wants stage {before}, the graph is {gm.meta['stage']}")
     old = text(gm) if trace is not None and trace.diffs else ""
     start = time.perf_counter()
-    step(gm)
-    gm.graph.eliminate_dead_code()
-    assign_sites(gm.graph)
+    if own:
+        _run_own(gm, step)
+    else:
+        step(gm)
+        _clean_up(gm)
     gm.meta["stage"] = after
     if after == "float":
         mark_plumbing(gm)
-    gm.graph.lint()
-    gm.recompile()
     verify(gm, after_pass=step.__name__)
     if trace is not None:
         new = text(gm) if trace.diffs else ""
         diff = "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=1))
         trace.add(step.__name__, after, time.perf_counter() - start, len(gm.graph.nodes), diff)
+
+
+def _run_own(gm: fx.GraphModule, step: Pass) -> None:
+    """A user's pass: what it raises is said to be its, its new nodes get types, and all others keep their shapes."""
+    before = infer_types(gm)
+    try:
+        step(gm)
+        _clean_up(gm)
+    except Exception as error:
+        what = f"pass {step.__name__} failed with {type(error).__name__}: {error}"
+        raise PassError(what, do="correct the pass; nothing of yours was changed") from error
+    for node in gm.graph.nodes:
+        if op_of(node) is None and node.op.startswith("call_"):
+            return  # the verifier names it
+    check_kept(before, infer_types(gm, after_pass=step.__name__), after_pass=step.__name__)
+
+
+def _clean_up(gm: fx.GraphModule) -> None:
+    gm.graph.eliminate_dead_code()
+    assign_sites(gm.graph)
+    gm.graph.lint()
+    gm.recompile()

@@ -9,11 +9,14 @@ from torch import fx, nn
 
 from .errors import ConfigError
 from .graph import EXACT, behind_dropout, fetch, is_product, moves_data, op_label, output_args, plumbing, root, site_of
-from .masks import masked_scores
+from .masks import masked_scores, tokens_there
 from .op import is_float, op_of, tensor_args
 from .qconfig import QConfig, QSpec, Rule
 from .regions import Region, find_regions
 
+MOVES_CODES = ("cat", "gather", "index_select", "pad")  # as long as all operands stand on one grid
+SCALES = "scales by a number, a vector or a mask: its operand keeps its codes"
+MOVED = "moves the codes that come in"
 OWN_FORM = ("masked_softmax", "polynomial_gelu", "masked_mean")  # chosen before training by choose_integer_forms
 
 
@@ -26,6 +29,13 @@ class Demand:
     kind: str
     why: str
     uses: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """What the table of sites says: ``weight:lsq4 per channel``."""
+        is_table = any(table_of(user) is not None for user, _ in self.uses)
+        scales = "per tensor" if self.spec.axis is None else "per row" if is_table else "per channel"
+        return f"{self.kind}:{self.spec.quantizer}{self.spec.bits} {scales}"
 
 
 def find_demands(gm: fx.GraphModule, qconfig: QConfig) -> list[Demand]:
@@ -46,10 +56,13 @@ def find_demands(gm: fx.GraphModule, qconfig: QConfig) -> list[Demand]:
             continue
         if rule is None:
             node.meta["decision"] = ("float", "no rule names it")
-            continue
-        _want(gm, node, rule, moved, found)
+        else:
+            _want(gm, node, rule, moved, found)
+        if op_of(node).name == "dropout" and node.meta["decision"][0] == "float":  # type: ignore[union-attr]
+            node.meta["decision"] = ("none", "gone at inference")
     if qconfig.placement == "integer":
         _want_outputs(gm, qconfig, moved, found)
+        _tell_integers(gm, ops, moved)
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     return sorted(found.values(), key=lambda d: min(order[u] for u, _ in d.uses))
 
@@ -64,7 +77,7 @@ def _want(
         node.meta["decision"] = ("float", "adds the attention mask; goes with the softmax")
         return
     if op is not None and op.name == "mul" and not is_product(node):
-        node.meta["decision"] = ("float", "scales by a number, a vector or a mask: its operand keeps its codes")
+        node.meta["decision"] = ("float", SCALES)
         return
     got = [op.name] if op is not None and op.name in OWN_FORM else []
     for operand, kind in zip(operands, kinds):
@@ -85,8 +98,42 @@ def _want(
                 do="give both consumers the same spec, or leave one of them float",
             )
         known.uses.append((reader, operand))
-        got.append(f"{kind}:{demand.spec.quantizer}{demand.spec.bits}")
+        got.append(demand.text)
     node.meta["decision"] = (", ".join(got) or "float", rule.why or f"rule site={rule.site} op={rule.op}")
+
+
+def _tell_integers(gm: fx.GraphModule, ops: list[fx.Node], moved: set[fx.Node]) -> None:
+    """Say of ops without a quantizer what integers make of them: with the integer placement few of them stay float."""
+    known = _constants(gm.graph)
+    for node in ops:
+        got, why = node.meta["decision"]
+        if got == "float" and node in known:
+            node.meta["decision"] = ("none", "a constant: computed once")
+        elif got == "float" and _reads_integers(node, moved, known):
+            node.meta["decision"] = ("integer", why.replace("no rule names it", MOVED))
+        elif got == "float" and why == SCALES:
+            node.meta["decision"] = ("float", "one of its operands stays float")
+
+
+def _reads_integers(node: fx.Node, moved: set[fx.Node], known: set[fx.Node]) -> bool:
+    """True where an op without a quantizer of its own will be computed on the integers that come in."""
+    op = op_of(node)
+    if op is None or masked_scores(node) is not None:
+        return any(op_label(user) == "softmax" and user.meta["decision"][0] != "float" for user in node.users)
+    if "weight" in op.signature.operands or (op.lower is None and op.name not in (*MOVES_CODES, "layer_norm")):
+        return False
+    operands = [behind_dropout(a) for a in tensor_args(node) if is_float(a) and tokens_there(a) is None]
+    computed = [a for a in operands if a not in known]
+    return all(a not in moved and a.meta.get("decision", ("float",))[0] != "float" for a in computed)
+
+
+def _constants(graph: fx.Graph) -> set[fx.Node]:
+    """What no input reaches: freeze will compute it once."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr" or (node.op == "call_function" and all(a in found for a in node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def _want_region(region: Region, qconfig: QConfig, found: dict[tuple[object, str], Demand]) -> bool:
@@ -101,7 +148,7 @@ def _want_region(region: Region, qconfig: QConfig, found: dict[tuple[object, str
     demand.uses += [(n, region.source) for n in region.nodes if region.source in n.all_input_nodes]
     for node in region.nodes:
         node.meta["curve"] = True
-        node.meta["decision"] = (f"act:{spec.quantizer}{spec.bits}", f"part of one table, as {site_of(region.last)}")
+        node.meta["decision"] = (demand.text, f"part of one table, as {site_of(region.last)}")
     return True
 
 
@@ -123,7 +170,7 @@ def _demand(gm: fx.GraphModule, operand: fx.Node, kind: str, rule: Rule, moved: 
         if _exact(value) and not many:
             return None
         is_wide = name == "add" or many
-        spec = rule.wide if is_wide and rule.wide is not None else rule.spec("act") if rule.wide else None
+        spec = rule.spec("wide") if is_wide and rule.wide else rule.spec("act") if rule.wide else None
         kind = "wide" if is_wide else "act"
     else:
         return None

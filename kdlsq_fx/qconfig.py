@@ -13,12 +13,14 @@ from typing import Any, Literal, cast
 
 from kdlsq_fx.errors import ConfigError
 
-QUANTIZER_NAMES = ("kdlsq", "lsq", "lsq+", "minmax", "ema", "twn")
+DEFAULT_QUANTIZER = "kdlsq"
+QUANTIZER_NAMES = ("", "kdlsq", "lsq", "lsq+", "minmax", "ema", "twn")
 INIT_NAMES = ("", "mean", "quantile", "mse", "minmax")
 NONLINEAR_NAMES = ("", "table", "polynomial")
 PLACEMENTS = ("kdlsq", "integer")
 HEADS = ("float", "quantized")
 WIDE_BITS = (16, 22, 32)
+SPECS = ("weight", "act", "wide")  # the operand kinds a rule names
 FORMAT = 1
 _TWO_SIDED = ("lsq", "lsq+")  # the LSQ papers use all 2**b codes; the others are symmetric around zero
 
@@ -30,8 +32,9 @@ class QSpec:
     ``bits``       2 to 8; 16, 22 and 32 only for the wide operands of the integer placement.
     ``signed``     None: by the value's kind (probabilities unsigned, all else signed); see :meth:`for_kind`.
     ``axis``       None: one scale per tensor; 0: one per output channel of a weight or per row of a table.
-    ``quantizer``  a name of lsq.QUANTIZERS.
-    ``init``       where the first scale comes from: mean, quantile, mse, minmax; "" is the quantizer's default.
+    ``quantizer``  a name of lsq.QUANTIZERS; "": that of the rules behind this one (:meth:`QConfig.find`), else kdlsq.
+    ``init``       where the first scale comes from: mean, quantile, mse, minmax; "": that of an inherited quantizer,
+                   else the quantizer's default.
 
     ``qmin, qmax``: lsq and lsq+ signed ``-2**(b-1) .. 2**(b-1)-1`` (LSQ, arXiv 1902.08153); all others signed
     ``+-(2**(b-1)-1)``, so ternary at 2 bits (KDLSQ's released code); unsigned always ``0 .. 2**b-1``.
@@ -41,7 +44,7 @@ class QSpec:
     bits: int
     signed: bool | None = None
     axis: int | None = None
-    quantizer: str = "kdlsq"
+    quantizer: str = ""
     init: str = ""
 
     def __post_init__(self) -> None:
@@ -68,8 +71,18 @@ class QSpec:
         return -self.qmax - 1 if self.quantizer in _TWO_SIDED else -self.qmax
 
     def for_kind(self, kind: str) -> QSpec:
-        """The spec with ``signed`` decided: ``"prob"`` (in [0, 1]) is unsigned, every other kind signed."""
-        return self if self.signed is not None else replace(self, signed=kind != "prob")
+        """The spec with nothing open: ``"prob"`` (in [0, 1]) is unsigned, every other kind signed; kdlsq quantizes."""
+        signed = self.signed if self.signed is not None else kind != "prob"
+        return replace(self, signed=signed, quantizer=self.quantizer or DEFAULT_QUANTIZER)
+
+    def inheriting(self, others: Iterable[QSpec | None]) -> QSpec:
+        """With the quantizer, and its init, of the first of these that has one; bits, signs and axis are its own.
+
+        ConfigError where that quantizer cannot have so many bits (twn is ternary)."""
+        known = next((o for o in others if o is not None and o.quantizer), None)
+        if self.quantizer or known is None:
+            return self
+        return replace(self, quantizer=known.quantizer, init=self.init or known.init)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +108,7 @@ class Rule:
         for key in ("site", "op", "nonlinear", "why"):
             if not isinstance(getattr(self, key), str):
                 raise ConfigError(f"rule: {key}={getattr(self, key)!r} is not a string", do=f"give {key} as text")
-        for key in ("weight", "act", "wide"):
+        for key in SPECS:
             if not isinstance(getattr(self, key), QSpec | None):
                 raise ConfigError(
                     f"rule: {key}={getattr(self, key)!r} is not a QSpec", do="use QSpec(bits=...) or None"
@@ -120,9 +133,20 @@ class Rule:
     match = matches
 
     def spec(self, kind: str) -> QSpec | None:
-        """The QSpec for an operand of this kind (``weight act prob wide``), ``signed`` decided; None: float."""
+        """The QSpec for an operand of this kind (``weight act prob wide``), nothing open in it; None: float."""
         field = {"weight": self.weight, "act": self.act, "prob": self.act, "wide": self.wide}.get(kind)
         return field.for_kind(kind) if field else None
+
+    def inheriting(self, behind: Sequence[Rule]) -> Rule:
+        """With quantizers for the specs that name none: of the first of these rules that names one for the operand."""
+        own = {key: getattr(self, key) for key in SPECS}
+        specs = {k: spec and spec.inheriting(getattr(r, k) for r in behind) for k, spec in own.items()}
+        return replace(self, **specs)
+
+    @property
+    def is_open(self) -> bool:
+        """True where a spec names no quantizer."""
+        return any(spec is not None and not spec.quantizer for spec in (self.weight, self.act, self.wide))
 
     @property
     def is_float(self) -> bool:
@@ -162,7 +186,22 @@ class QConfig:
             raise ConfigError(what + ", and nothing non-linear is integer here", do='use placement="integer"')
 
     def find(self, site: str, op: str) -> Rule | None:
-        """The first rule that fits this site and op name; None: nothing is quantized there."""
+        """The first rule that fits this site and op name; None: nothing is quantized there.
+
+        Where one of its specs names no quantizer, it has that of the next rule behind it that fits here and names one
+        for this operand, else of the next that names one for it anywhere: a preset's quantizer goes on to the rules in
+        front of it. ConfigError where that quantizer cannot have so many bits.
+        """
+        winner = self._winner(site, op)
+        if winner is None or not winner.is_open:
+            return winner
+        behind = self.rules[self.rules.index(winner) + 1 :]
+        try:
+            return winner.inheriting([*(r for r in behind if r.matches(site, op)), *behind])
+        except ConfigError as error:
+            raise error.at(site) from None
+
+    def _winner(self, site: str, op: str) -> Rule | None:
         return next((rule for rule in self.rules if rule.matches(site, op)), None)
 
     def with_rules(self, *rules: Rule) -> QConfig:
@@ -173,7 +212,7 @@ class QConfig:
         """Rules, but for optional ones, that decide none of these (site, op name) pairs: each with the rule in front
         of it that took the first pair it fits, or None where it fits none."""
         pairs = list(sites)
-        winners = {pair: self.find(*pair) for pair in pairs}
+        winners = {pair: self._winner(*pair) for pair in pairs}
         idle: dict[Rule, Rule | None] = {}
         for index, rule in enumerate(self.rules):
             fits = [pair for pair in pairs if rule.matches(*pair)]
@@ -233,7 +272,7 @@ class QConfig:
 
 def _rule_from(data: Any, where: str) -> Rule:
     values = _checked(data, Rule, where)
-    for key in ("weight", "act", "wide"):
+    for key in SPECS:
         if values.get(key) is not None:
             spec = _checked(values[key], QSpec, f"{where}.{key}")
             if "bits" not in spec:
@@ -246,7 +285,7 @@ def _located(cls: type, values: dict[str, Any], where: str) -> Any:
     try:
         return cls(**values)
     except ConfigError as error:
-        raise ConfigError(error.what, where=where, do=str(error).partition("-> ")[2]) from None
+        raise error.at(where) from None
 
 
 def _checked(data: Any, cls: type, where: str, *, extra: Sequence[str] = ()) -> dict[str, Any]:

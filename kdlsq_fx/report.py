@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from torch import fx
@@ -36,7 +37,13 @@ def site_rows(gm: fx.GraphModule) -> list[tuple[str, str, str, str]]:
 
 
 def site_table(gm: fx.GraphModule) -> str:
-    """Every site of a qat graph: what it got and by which rule. Sites without a quantizer say why."""
+    """Every site of a qat graph: what it got and by which rule. Sites without a quantizer say why.
+
+    ``float``: computed in floats. ``integer``: on the integers that come in, nothing is rounded there. ``none``: not
+    there at inference.
+    """
     rows = site_rows(gm)
-    quantized = sum(r[2] != "float" for r in rows)
-    return columns(("site", "op", "got", "why"), rows) + f"\n{quantized} of {len(rows)} sites have quantizers"
+    count = Counter(got if got in ("float", "integer", "none") else "quantized" for *_, got, _ in rows)
+    text = f"{count['quantized']} of {len(rows)} sites have quantizers, {count['integer']} compute on integers without "
+    text += f"one, {count['float']} stay float, {count['none']} are gone at inference"
+    return columns(("site", "op", "got", "why"), rows) + "\n" + text

@@ -74,6 +74,7 @@ def save_qat(qat: QuantModel, path: str | Path, tokenizer: Any = None) -> Path:
         "graph": graph_hash(qat.gm),
         "weights": checksum(folder / WEIGHTS),
         "qconfig": qat.qconfig.to_dict(),
+        "passes": qat.gm.meta.get("user_passes", []),
     }
     write_json(folder / INFO, info)
     return folder
@@ -82,10 +83,12 @@ def save_qat(qat: QuantModel, path: str | Path, tokenizer: Any = None) -> Path:
 def load_qat(folder: Path, prepare: Callable[..., QuantModel], model: nn.Module | None, passes: Any) -> QuantModel:
     """Rebuild the qat model of a folder: the same capture and passes, then the saved weights and scales.
 
-    ``model`` serves what is not Hugging Face's (its weights do not matter). Raises CheckpointError when the graph that
-    comes out is not the one that was saved, or the weights do not fit it.
+    ``model`` serves what is not Hugging Face's (its weights do not matter). Raises CheckpointError when other passes
+    are handed in than it was prepared with, when the graph that comes out is not the one that was saved, or the weights
+    do not fit it.
     """
     info = _read_info(folder)
+    _check_passes(folder, info.get("passes", []), [getattr(p, "__name__", str(p)) for p in passes])
     tensors = read_tensors(folder / WEIGHTS)
     saved = read_tensors(folder / EXAMPLE) if (folder / EXAMPLE).exists() else {}
     example = {k: saved[k] for k in info["inputs"] if k in saved} or None  # the order of the graph's inputs
@@ -110,6 +113,18 @@ def load_qat(folder: Path, prepare: Callable[..., QuantModel], model: nn.Module 
         raise CheckpointError(f"{folder / WEIGHTS} is not the file that {INFO} was written for", do=do)
     qat.gm.load_state_dict(tensors)
     return qat.eval()
+
+
+def _check_passes(folder: Path, saved: list[str], given: list[str]) -> None:
+    """A folder names the passes of its author and does not hold them: they are code, and code is handed in."""
+    if sorted(saved) == sorted(given):
+        return
+    got = f"{', '.join(given)} came with it" if given else "none came with it"
+    what = f"{folder} was prepared with {', '.join(saved) or 'no passes of its author'}, and {got}"
+    do = f"in Python: kq.from_pretrained({str(folder)!r}, passes=[{', '.join(saved)}]) with the same functions"
+    if saved:
+        do += "; the command line takes no passes: convert or export the model there, and go on with what that wrote"
+    raise CheckpointError(what, do=do)
 
 
 _INFO_TYPES = {

@@ -100,6 +100,8 @@ def summarize_export(
                 found.append((op, "float", why if got == "float" else f"the runtime chose {kernels.get(site, '?')}"))
         elif op in PRODUCTS and got != "float":
             found.append((op, "int8", ""))
+        elif got == "integer":
+            found.append((op, "float", "no product: QDQ leaves it between dequantize and quantize"))
         else:
             found.append((op, "float", why if got == "float" else "no product: its result is quantized behind it"))
     tables = [n for n in gm.graph.nodes if (known := op_of(n)) is not None and known.name == "embedding"]

@@ -13,8 +13,7 @@ from ..op import is_float, op_of, tensor_args
 from ..ops.lower_rules import lower_curve, requantized
 from ..ops.qdq import dequantize, quantize
 from ..pipeline import graph_pass
-
-MOVES_CODES = ("cat", "gather", "index_select", "pad")  # as long as all operands stand on one grid
+from ..placement import MOVES_CODES
 
 
 @graph_pass("qdq->int")

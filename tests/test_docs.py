@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,16 @@ from families import batch, tiny
 
 import kdlsq_fx as kq
 from kdlsq_fx.op import BY_NAME, BY_TARGET
+from kdlsq_fx.qconfig import (
+    HEADS,
+    INIT_NAMES,
+    NONLINEAR_NAMES,
+    PLACEMENTS,
+    QUANTIZER_NAMES,
+    QConfig,
+    QSpec,
+    Rule,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,6 +65,27 @@ def test_the_rule_in_the_readme() -> None:
     first = {b for name, b in bits.items() if ".layer.0." in name}
     rest = {b for name, b in bits.items() if ".layer.0." not in name}
     assert first == {8} and rest == {2}
+
+
+def test_the_qconfig_page() -> None:
+    text = (ROOT / "docs/qconfig.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```json\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    config = QConfig.from_json(example)
+    table = kq.prepare_qat(tiny("bert"), config).table()
+    assert "weight:lsq8 per channel" in table and "weight:lsq4 per row" in table
+    for cls in (QConfig, Rule, QSpec):
+        (part,) = re.findall(rf"^### `{cls.__name__}`.*?\n(.*?)(?=^##|\Z)", text, re.DOTALL | re.MULTILINE)
+        rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|", part, re.MULTILINE))
+        assert set(rows) - {"format"} == {f.name for f in fields(cls)}
+        for f in fields(cls):
+            needed = f.default is MISSING
+            assert (rows[f.name].strip() == "required") is needed, f.name
+            if not needed:
+                default = list(f.default) if isinstance(f.default, tuple) else f.default
+                assert rows[f.name].strip() == f"`{json.dumps(default)}`", f.name
+    for name in (*QUANTIZER_NAMES, *INIT_NAMES, *NONLINEAR_NAMES, *PLACEMENTS, *HEADS):
+        assert f'`"{name}"`' in text, name
+    run(blocks("docs/qconfig.md")[0], {"model": tiny("bert").eval()})
 
 
 def test_writing_a_pass(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 import kdlsq_fx as kq
 from kdlsq_fx.capture import capture
-from kdlsq_fx.errors import ConfigError, VerifyError
+from kdlsq_fx.errors import ConfigError, PassError, VerifyError
 from kdlsq_fx.graph import sited
 from kdlsq_fx.pipeline import Trace, graph_pass, run_passes
 from kdlsq_fx.verify import verify
@@ -108,3 +108,88 @@ def test_bad_scale_in_qdq_is_refused():
     qdq.gm.get_buffer(name).fill_(-1.0)
     with pytest.raises(VerifyError, match="not finite and positive"):
         verify(qdq.gm)
+
+
+@graph_pass("float")
+def drop_transposes(gm):
+    """transpose(x, 1, 2) -> x: heads and tokens change places"""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.transpose.int):
+        node.replace_all_uses_with(node.args[0])
+
+
+@graph_pass("float")
+def swap_two_sizes(gm):
+    """transpose(x, -1, -2) -> x, with as many features as tokens nobody would notice"""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.gelu.default):
+        with gm.graph.inserting_after(node):
+            new = gm.graph.call_function(aten.transpose.int, (node, 0, 1))
+        node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+
+
+@graph_pass("float")
+def halve(gm):
+    """gelu(x) -> gelu(x) * 0.5"""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.gelu.default):
+        with gm.graph.inserting_after(node):
+            new = gm.graph.call_function(aten.mul.Tensor, (node, 0.5))
+        node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+
+
+@graph_pass("qat")
+def turn_before_quantizers(gm):
+    """lsq(x) -> lsq(transpose(x, -1, -2)): quantizers are not run to see that"""
+    for node in gm.graph.find_nodes(
+        op="call_module", target="bert.encoder.layer.0.intermediate.intermediate_act_fn.gelu_lsq"
+    ):
+        with gm.graph.inserting_before(node):
+            node.args = (gm.graph.call_function(aten.transpose.int, (node.args[0], -1, -2)),)
+
+
+@pytest.mark.parametrize("broken", [drop_transposes, swap_two_sizes, turn_before_quantizers])
+def test_a_users_pass_that_breaks_shapes_is_stopped_there(broken):
+    with pytest.raises(VerifyError, match=rf"(?s)bert\.encoder\.layer\.0\..*{broken.__name__}"):
+        kq.prepare_qat(tiny("bert"), "W8E8A8", passes=[broken])
+
+
+def test_the_nodes_of_a_users_pass_get_types():
+    gm = kq.prepare_qat(tiny("bert"), "W8E8A8", passes=[halve], stop_after="halve").gm
+    made = [n for n in gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor) if n.args[1:] == (0.5,)]
+    assert [n.meta["val"].shape[-1] for n in made] == [64, 64]
+    assert all(n.meta["val"].dtype == torch.float32 and not n.meta["plumbing"] for n in made)
+
+
+@pytest.mark.parametrize("preset", ["W4E4A8", "W8E8A8-int"])
+def test_a_pass_that_changes_nothing_passes_at_every_stage(preset):
+    seen = []
+
+    def nothing(stage):
+        @graph_pass(stage)
+        def look(gm):
+            """x -> x"""
+            seen.append(gm.meta["stage"])
+
+        return look
+
+    qat = kq.prepare_qat(tiny("bert"), preset, passes=[nothing("float"), nothing("qat")])
+    kq.calibrate(qat, [batch()], progress=False)
+    program = kq.convert(qat.eval(), passes=[nothing("qdq"), nothing("int")], backend="torch")
+    assert seen == ["float", "qat", "qdq", "int"]
+    assert torch.equal(program(**batch()).logits, kq.convert(qat, backend="torch")(**batch()).logits)
+
+
+def test_what_a_users_pass_raises_names_it():
+    @graph_pass("float")
+    def careless(gm):
+        """x -> ?"""
+        raise KeyError("no such thing")
+
+    @graph_pass("float")
+    def tangled(gm):
+        """a value that is read before it is made"""
+        nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
+        nodes[0].append(nodes[-1])
+
+    for bad, cause in ((careless, KeyError), (tangled, RuntimeError)):
+        with pytest.raises(PassError, match=f"pass {bad.__name__} failed with {cause.__name__}") as err:
+            kq.prepare_qat(tiny("bert"), "W8E8A8", passes=[bad])
+        assert isinstance(err.value.__cause__, cause)

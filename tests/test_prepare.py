@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 
+import onnxruntime
 import pytest
 import torch
 from families import FAMILIES, batch, for_model, tiny
@@ -13,11 +14,14 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import kdlsq_fx as kq
+from kdlsq_fx.capture import capture
+from kdlsq_fx.cli import main
 from kdlsq_fx.errors import CalibrationError, CheckpointError, ConfigError, InputError
 from kdlsq_fx.graph import root, sited
 from kdlsq_fx.lsq import Lsq
 from kdlsq_fx.op import op_of, tensor_args
 from kdlsq_fx.qconfig import QSpec, Rule
+from kdlsq_fx.report import site_rows
 
 
 def quantizers(qat):
@@ -165,6 +169,55 @@ def test_uncalibrated_models_say_so():
         kq.convert(qat)
 
 
+def weights_of(qat):
+    """Site glob of the weight -> quantizer and bits."""
+    found = {name: m.spec for name, m in qat.named_modules() if getattr(m, "role", "") == "weight"}
+    return {name: (spec.quantizer, spec.bits, spec.axis) for name, spec in found.items()}
+
+
+@pytest.mark.parametrize("suffix", ["", "-lsq", "-lsq+", "-minmax", "-ema", "-lsq-int"])
+def test_a_users_rule_keeps_the_presets_quantizer(suffix):
+    config = kq.preset(f"W4E4A8{suffix}").with_rules(Rule(site="**.query/*", weight=QSpec(bits=8, axis=0)))
+    preset_own = suffix.strip("-").replace("-int", "") or "kdlsq"
+    made = weights_of(kq.prepare_qat(tiny("bert"), config))
+    assert {v for k, v in made.items() if ".query." in k} == {(preset_own, 8, 0)}
+    assert {v for k, v in made.items() if ".key." in k} == {(preset_own, 4, None)}
+
+
+def test_a_quantizer_a_rule_names_is_its_own():
+    config = kq.preset("W4E4A8-lsq").with_rules(Rule(op="linear", weight=QSpec(bits=8, quantizer="minmax")))
+    made = weights_of(kq.prepare_qat(tiny("bert"), config))
+    assert {v for k, v in made.items() if ".query." in k} == {("minmax", 8, None)}
+
+
+def test_ternarybert_has_no_other_width():
+    config = kq.preset("W2E2A8-twn").with_rules(Rule(site="**.query/*", weight=QSpec(bits=8)))
+    with pytest.raises(ConfigError, match=r"(?s)'twn' is ternary, got bits=8.*layer\.0.*query.*quantizer 'ema'"):
+        kq.prepare_qat(tiny("bert"), config)
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert", "mobilebert", "convbert"])
+def test_the_table_tells_what_convert_makes(family):
+    """Rules printed before training against the islands that are there after lowering."""
+    model = tiny(family)
+    qat = calibrated(model, "W8E8A8-int")
+    got = {site: got for site, _, got, _ in site_rows(qat.gm)}
+    islands = {island.site for island in kq.convert(qat, allow_islands=True).islands}
+    assert {site for site in got if got[site] == "float"} == islands
+    assert {got[s] for s in got if s.endswith("/dropout")} <= {"none"} and "integer" in got.values()
+
+
+def test_the_table_tells_the_axis():
+    rules = Rule(op="linear", weight=QSpec(bits=8, axis=0)), Rule(op="embedding", weight=QSpec(bits=8, axis=0))
+    table = kq.prepare_qat(tiny("bert"), kq.preset("W2E2A8-lsq").with_rules(*rules)).table()
+    lines = {line.split()[0]: line for line in table.splitlines()}
+    assert "weight:lsq8 per row" in lines["bert.embeddings.word_embeddings/embedding"]
+    query = lines["bert.encoder.layer.0.attention.self.query/linear"]
+    assert "weight:lsq8 per channel" in query and "act" not in query.replace("attention", "")
+    assert "act:lsq8 per tensor, prob" not in lines["bert.encoder.layer.0.attention.self/matmul"]
+    assert "prob:lsq8 per tensor, act:lsq8 per tensor" in lines["bert.encoder.layer.0.attention.self/matmul:1"]
+
+
 def test_the_table_names_every_site():
     table = kq.prepare_qat(tiny("bert"), "W2E2A8").table()
     assert "classifier/linear" in table and "head" in table
@@ -187,6 +240,65 @@ def test_save_and_load(tmp_path, family):
     data = for_model(model, batch(seed=5))
     assert torch.equal(again(**data).logits, qat(**data).logits)
     assert again.qconfig == qat.qconfig and again.stage == "qat"
+
+
+@kq.graph_pass("float")
+def sharpen(gm):
+    """gelu(x) -> gelu(2 x)"""
+    aten = torch.ops.aten
+    for node in gm.graph.find_nodes(op="call_function", target=aten.gelu.default):
+        with gm.graph.inserting_before(node):
+            node.args = (gm.graph.call_function(aten.mul.Tensor, (node.args[0], 2.0)),)
+
+
+def test_a_folder_with_a_users_pass_asks_for_it(tmp_path, capsys):
+    qat = kq.prepare_qat(tiny("bert").eval(), "W8E8A8", passes=[sharpen])
+    kq.calibrate(qat, [batch()], progress=False)
+    folder = qat.save_pretrained(tmp_path / "qat")
+    again = kq.from_pretrained(folder, passes=[sharpen])
+    assert torch.equal(again(**batch(seed=3)).logits, qat(**batch(seed=3)).logits)
+    with pytest.raises(CheckpointError, match=r"(?s)prepared with sharpen, and none came.*passes=\[sharpen\]"):
+        kq.from_pretrained(folder)
+    assert main(["convert", str(folder), str(tmp_path / "int")]) == 1
+    assert "prepared with sharpen" in (said := capsys.readouterr().err) and "the command line takes no passes" in said
+    kq.convert(again).save_pretrained(tmp_path / "int")  # needs none
+    kq.from_pretrained(tmp_path / "int")(**batch())
+    plain = kq.prepare_qat(tiny("bert").eval(), "W8E8A8").train()
+    kq.calibrate(plain, [batch()], progress=False)
+    with pytest.raises(CheckpointError, match=r"no passes of its author, and sharpen came"):
+        kq.from_pretrained(plain.save_pretrained(tmp_path / "plain"), passes=[sharpen])
+
+
+@pytest.mark.parametrize("preset", ["W8E8A8", "W8E8A8-int"])
+def test_token_types_of_a_model_that_has_one(tmp_path, preset):
+    """RoBERTa's checkpoints: type_vocab_size 1. No stage asks for token types, zeros are taken."""
+    model = tiny("roberta", type_vocab_size=1).eval()
+    qat = calibrated(model, preset).eval()
+    data = batch(seed=5)
+    bare = {k: v for k, v in data.items() if k != "token_type_ids"}
+    graph = capture(model).gm.eval()
+    with torch.no_grad():
+        eager = tiny("roberta", type_vocab_size=1, attn_implementation="eager").eval()
+        assert torch.equal(graph(*bare.values())[0], eager(**data).logits)
+    assert qat.input_names == ("input_ids", "attention_mask")
+    assert torch.equal(qat(**data).logits, qat(**bare).logits)
+    with pytest.raises(InputError, match="one token type"):
+        qat(**{**data, "token_type_ids": torch.ones_like(data["input_ids"])})
+    program = kq.convert(qat)
+    assert torch.equal(program(**data).logits, program(**bare).logits)
+    again = kq.from_pretrained(qat.save_pretrained(tmp_path / "qat"))
+    assert torch.equal(again(**bare).logits, qat(**bare).logits)
+    program.save_pretrained(tmp_path / "int")
+    assert torch.equal(kq.from_pretrained(tmp_path / "int")(**bare).logits, program(**bare).logits)
+    kq.export_onnx(qat, tmp_path / "m.onnx", target="integer" if "int" in preset else "ort-cpu")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["input_ids", "attention_mask"]
+    (logits,) = session.run(None, {k: v.numpy() for k, v in bare.items()})
+    assert abs(logits - program(**bare).logits.numpy()).max() < 0.05
+
+
+def test_unused_token_types_are_no_input():
+    assert kq.prepare_qat(tiny("deberta-v2"), "W8E8A8").input_names == ("input_ids", "attention_mask")
 
 
 def test_damaged_folders(tmp_path):

@@ -111,7 +111,8 @@ def test_first_match_wins_and_own_rules_go_in_front():
     base = preset("W2E2A8")
     own = Rule(site="**.layer.0.**", op="linear", weight=QSpec(bits=8), act=QSpec(bits=8))
     for config in (base.with_rules(own), resolve((own, *base.rules))):
-        assert config.find("bert.encoder.layer.0.output.dense/linear", "linear") is own
+        won = config.find("bert.encoder.layer.0.output.dense/linear", "linear")
+        assert won.site == own.site and won.weight == won.act == QSpec(bits=8, quantizer="kdlsq")
         found = config.find(f"{LAYER}.output.dense/linear", "linear")
         assert found.spec("weight").bits == 2 and found.spec("act").bits == 8 and found.spec("bias") is None
     assert base.find("x/dropout", "dropout") is None
@@ -192,6 +193,24 @@ def test_resolve(tmp_path):
     for bad in (tmp_path / "none.json", 3, None, ["W2E2A8"], tmp_path):
         with pytest.raises(ConfigError):
             resolve(bad)
+
+
+def test_an_open_quantizer_is_that_of_the_rules_behind():
+    wide = Rule(op="linear", weight=QSpec(bits=3, quantizer="lsq", init="mse"))
+    own = Rule(op="linear", weight=QSpec(bits=8), act=QSpec(bits=8))
+    config = QConfig(rules=(own, Rule(act=QSpec(bits=4, quantizer="ema")), wide))
+    found = config.find(*SITES[4])
+    assert found.weight == QSpec(bits=8, quantizer="lsq", init="mse") and found.act == QSpec(bits=8, quantizer="ema")
+    assert QConfig.from_json(config.to_json()).find(*SITES[4]) == found
+    alone = QConfig(rules=(own,)).find(*SITES[4])
+    assert alone == own and alone.spec("weight") == QSpec(bits=8, signed=True, quantizer="kdlsq")
+    ahead = QConfig(rules=(Rule(weight=QSpec(bits=3, quantizer="lsq")), own))  # what stands in front does not count
+    assert ahead.rules[1].inheriting(()) == own and ahead.find(*SITES[4]).weight.bits == 3
+    other = preset("W4E4A8-lsq").with_rules(Rule(op="mish", act=QSpec(bits=8)))
+    assert other.find("x/mish", "mish").act.quantizer == "lsq"  # no rule of the preset fits there: what it has for act
+    for site, op, quantizer in ((SITES[4][0], "linear", "ema"), (SITES[0][0], "embedding", "twn")):
+        config = preset("W8E2A8-twn").with_rules(Rule(op=op, weight=QSpec(bits=2)))
+        assert config.find(site, op).weight == QSpec(bits=2, quantizer=quantizer)
 
 
 specs = st.builds(
