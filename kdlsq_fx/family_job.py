@@ -28,10 +28,11 @@ from kdlsq_fx import job
 from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.family import WIDTHS, Family, Member, make_family
-from kdlsq_fx.family_search import Tables, best, check_budgets, refuse_below
+from kdlsq_fx.family_search import Tables, best, check_budgets, near, refuse_below, steps_from
 from kdlsq_fx.family_tables import Losses, latency, lower_bound, make_tables, output_distance, stored_bytes
 from kdlsq_fx.files import INFO, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from kdlsq_fx.train import fit
+from kdlsq_fx.watching import progress
 
 STATE = "model.safetensors"
 EVAL_ROWS = 64
@@ -42,7 +43,8 @@ UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2*
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """How a family is made and searched. ``steps`` 0: nothing is trained. ``calibration``: rows of train that losses
-    are measured on; ``candidates``: members of a budget that are measured on the rows held out."""
+    are measured on; ``candidates``: members of a budget that are measured on the rows held out; ``rounds``: how often
+    tables are made again around the best member of a budget, to search on from there."""
 
     qconfig: Any = "W8E8A8"
     bits: tuple[int, ...] = WIDTHS
@@ -55,6 +57,7 @@ class Plan:
     precision: str = "fp32"
     calibration: int = 128
     candidates: int = 6
+    rounds: int = 2
 
 
 def parse_size(text: str) -> int:
@@ -151,20 +154,44 @@ class Job:
     # members
 
     def choose(self, tables: Tables, budgets: Mapping[str, float]) -> tuple[Member, float]:
-        """The member whose outputs are nearest to the teacher's on the rows held out, and how near: one of the best by
-        the tables, or the widest uniform one that keeps the budgets."""
-        found = best(tables, budgets, self.plan.candidates)
-        plain = [self.family.uniform(b) for b in self.family.bits]
-        plain = [m for m in plain if all(tables.cost(c, m) <= most for c, most in budgets.items())]
-        found += [m for m in plain[-1:] if m not in found]
+        """The member whose outputs are nearest to the teacher's on the rows held out, and how near. Asked are the best
+        by the tables, the widest uniform member that keeps the budgets, and whatever was measured before and keeps
+        them; then, ``rounds`` times, the best by tables made around the nearest so far."""
         path = self.out / "held_out.json"
         known: dict[str, float] = read_json(path)["members"] if path.exists() else {}
-        for member in found:
-            if member_key(member) not in known:
-                known[member_key(member)] = self.distance(member)
-                write_json(path, {"format": 1, "rows": len(self.held_out), "members": known})
-        winner = min(found, key=lambda m: known[member_key(m)])
+
+        def nearest(members: Sequence[Member]) -> Member:
+            for member in members:
+                if member_key(member) not in known:
+                    known[member_key(member)] = self.distance(member)
+                    write_json(path, {"format": 1, "rows": len(self.held_out), "members": known})
+            return min(members, key=lambda m: known[member_key(m)])
+
+        def fits(member: Member) -> bool:
+            return all(tables.cost(c, member) <= most for c, most in budgets.items())
+
+        plain = [m for m in map(self.family.uniform, self.family.bits) if fits(m)]
+        before = [m for m in map(member_of, known) if fits(m)]
+        winner = nearest([*best(tables, budgets, self.plan.candidates), *plain[-1:], *before])
+        for _ in range(self.plan.rounds):
+            around, last = self._around(tables, winner), winner
+            moves = len(self.family.switches)
+            tried = [best(around, {**budgets, "moves": moves // part})[0] for part in (1, 4, 16)]
+            winner = nearest([last, *tried])
+            if winner == last:
+                break
         return winner, known[member_key(winner)]
+
+    def _around(self, tables: Tables, member: Member) -> Tables:
+        """Tables of single steps from a member, on the rows that all tables are made on."""
+        steps = steps_from(tables, member)
+        with self.losses() as losses, progress("one step at a time", len(steps), 0) as bar:
+            here = losses.of(member_key(member), member)[TERM]
+            found = {}
+            for step, other in steps:
+                found[step] = losses.of(member_key(other), other)[TERM] - here
+                bar.update(1)
+        return near(tables, member, found)
 
     def distance(self, member: Member) -> float:
         """:func:`output_distance` of a member on the rows held out."""
@@ -193,6 +220,11 @@ class Job:
 
 def member_key(member: Member) -> str:
     return json.dumps([list(member.bits), list(member.left_out)])
+
+
+def member_of(key: str) -> Member:
+    bits, left_out = json.loads(key)
+    return Member(tuple(bits), tuple(left_out))
 
 
 def run_ms(family: Family, member: Member, model: torch.nn.Module, *, length: int = 128, seconds: float = 2.0) -> float:

@@ -3,12 +3,15 @@
 A member's loss is taken to be the loss of its blocks being left out plus what each switch adds on its own: the tables
 hold what was measured for one change at a time. For each set of blocks that may be left out, one binary variable says
 "this switch has this width"; SciPy's HiGHS solves it exactly. The next best is found by forbidding the best.
+
+Changes are not independent: many together cost more than their sum. So :func:`near` makes tables again around a member
+that was found, of single steps from there, and the same search goes on from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +29,8 @@ class Tables:
     """What the search knows.
 
     ``bits`` [W] the widths; ``names`` [S] the switches; ``blocks`` [S] the block that a switch belongs to, -1: none.
-    ``loss`` [S, W]: how much more the loss is with this switch alone at this width, all others at the largest.
+    ``loss`` [S, W]: how much more the loss is with this switch alone at this width, all others at the largest (or, in
+    tables of :func:`near`, as in its member); NaN: not to be taken.
     ``costs`` name -> [S, W], of each switch; ``fixed`` name -> the rest of the model with all blocks;
     ``per_block`` name -> [B], what goes with a block besides its switches. ``depths``: set of blocks left out -> how
     much more the loss is with all switches at the largest width.
@@ -59,7 +63,7 @@ class Tables:
 
     def expected(self, member: Member) -> float:
         """The loss above that of the largest member, were all changes independent."""
-        return self.depths[member.left_out] + float((self.chosen(member) * self.loss).sum())
+        return self.depths[member.left_out] + float(self.loss[self.chosen(member) > 0].sum())
 
 
 def smallest(tables: Tables, cost: str = "bytes") -> float:
@@ -83,6 +87,34 @@ def best(tables: Tables, budgets: Mapping[str, float], count: int = 1) -> list[M
         found.append(winner)
         forbidden[winner.left_out].append(tables.chosen(winner))
         open_[winner.left_out] = _solve(tables, budgets, winner.left_out, forbidden[winner.left_out])
+    return found
+
+
+def near(tables: Tables, member: Member, losses: Mapping[tuple[int, int], float]) -> Tables:
+    """Tables of the members whose switches are at most one width from ``member``'s, at its depth. ``losses``:
+    (switch, index of the width) -> how much more the loss is than ``member``'s, for each such single step. A cost
+    ``"moves"`` counts the switches that differ from ``member``."""
+    at = np.array([tables.bits.index(b) for b in member.bits])
+    loss = np.full_like(tables.loss, np.nan)
+    loss[np.arange(len(at)), at] = 0.0
+    for step, more in losses.items():
+        loss[step] = more
+    moves = (np.arange(len(tables.bits))[None, :] != at[:, None]).astype(np.float64)
+    costs, fixed = {**tables.costs, "moves": moves}, {**tables.fixed, "moves": 0.0}
+    per_block = {**tables.per_block, "moves": np.zeros_like(tables.per_block["bytes"])}
+    depths = {member.left_out: 0.0}
+    return replace(tables, loss=loss, costs=costs, fixed=fixed, per_block=per_block, depths=depths)
+
+
+def steps_from(tables: Tables, member: Member) -> list[tuple[tuple[int, int], Member]]:
+    """Every member one width of one switch away: ((switch, index of its width), member)."""
+    found = []
+    for i in np.flatnonzero(tables.there(member.left_out)):
+        at = tables.bits.index(member.bits[i])
+        for k in (at - 1, at + 1):
+            if 0 <= k < len(tables.bits):
+                bits = (*member.bits[:i], tables.bits[k], *member.bits[i + 1 :])
+                found.append(((int(i), k), replace(member, bits=bits)))
     return found
 
 
@@ -121,12 +153,14 @@ def _solve(
         size = max(float(tables.costs[cost].max()), 1e-30)  # near 1: the solver's tolerances are absolute
         limited.append(LinearConstraint(tables.costs[cost][there].reshape(1, -1) / size, -np.inf, room / size))
     loss = tables.loss[there].reshape(-1)
+    open_ = np.isfinite(loss).astype(np.float64)
+    loss = np.nan_to_num(loss)
     loss = loss / max(float(np.abs(loss).max()), 1e-30)
     banned = list(forbidden)
     while True:
         cuts = [LinearConstraint(old[there].reshape(1, -1), -np.inf, rows - 1) for old in banned]
         found = milp(
-            loss, integrality=np.ones(rows * width), bounds=Bounds(0, 1), constraints=[*limited, *cuts],
+            loss, integrality=np.ones(rows * width), bounds=Bounds(0, open_), constraints=[*limited, *cuts],
             options={"mip_rel_gap": 0.0},
         )  # fmt: skip
         if found.x is None:

@@ -67,11 +67,11 @@ def test_the_rules_of_a_member_make_its_graph(made: tuple[Path, list[str], list[
 def test_another_budget_needs_no_more_training(made: tuple[Path, list[str], list[str]], capsys: Any) -> None:
     out, argv, _ = made
     before = (out / "family" / "model.safetensors").stat().st_mtime_ns
-    losses = (out / "losses.json").read_bytes()
+    losses = json.loads((out / "losses.json").read_text())["losses"]
     assert main([*argv, "--budget", "34KiB", "--latency", "1000"]) == 0
     assert "34KiB" in capsys.readouterr().out
     assert (out / "family" / "model.safetensors").stat().st_mtime_ns == before
-    assert (out / "losses.json").read_bytes() == losses
+    assert losses.items() <= json.loads((out / "losses.json").read_text())["losses"].items()  # none measured again
     assert main([*argv, "--budget", "34KiB", "--lr", "5"]) == 1
     assert "another plan" in capsys.readouterr().err
 

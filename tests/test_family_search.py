@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.family import Member
-from kdlsq_fx.family_search import Tables, best, smallest
+from kdlsq_fx.family_search import Tables, best, near, smallest, steps_from
 
 
 def tables(seed: int, *, switches: int = 4, widths: tuple[int, ...] = (2, 4, 8), blocks: int = 2) -> Tables:
@@ -59,6 +59,29 @@ def test_the_best_few_are_those_that_enumeration_finds(seed: int, share: float) 
     np.testing.assert_allclose([t.expected(m) for m in found], [loss for loss, _ in want[: len(found)]], atol=1e-9)
     assert all(t.cost("bytes", m) <= budget for m in found)
     assert smallest(t) == pytest.approx(min(sizes))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_search_goes_on_from_a_member(seed: int) -> None:
+    """Single steps from a member, at its depth: the best with at most so many moves is what enumeration finds."""
+    t, rng = tables(seed), np.random.default_rng(seed)
+    member = Member(tuple(int(b) for b in rng.choice(t.bits, 4)), [(), (0,)][seed % 2])
+    steps = steps_from(t, member)
+    assert all(
+        sum(a != b for a, b in zip(m.bits, member.bits)) == 1 and m.left_out == member.left_out for _, m in steps
+    )
+    more = {step: float(rng.random() - 0.6) for step, _ in steps}
+    around, budget = near(t, member, more), t.cost("bytes", member) + 40
+    for moves in range(4):
+        want = []
+        for pick in itertools.product(range(len(t.bits)), repeat=4):
+            other = Member(tuple(t.bits[k] for k in pick), member.left_out)
+            changed = [(i, k) for i, k in enumerate(pick) if t.bits[k] != member.bits[i]]
+            if len(changed) <= moves and all(c in more for c in changed) and t.cost("bytes", other) <= budget:
+                want.append(sum(more[c] for c in changed))
+        found = best(around, {"bytes": budget, "moves": moves})[0]
+        assert around.expected(found) == pytest.approx(min(want)) and t.cost("bytes", found) <= budget
+        assert around.cost("moves", found) <= moves and around.expected(member) == 0.0
 
 
 def test_a_latency_budget_acts_through_the_blocks() -> None:
