@@ -14,6 +14,7 @@ model's in PyTorch on one batch that is not among the calibration batches.
 from __future__ import annotations
 
 import argparse
+import datetime
 import functools
 import importlib.util
 import json
@@ -378,6 +379,8 @@ def measure_round(name: str, peer: str, index: str) -> None:
 def write_report() -> None:
     from importlib.metadata import PackageNotFoundError, version
 
+    from common import machine
+
     def versions() -> Iterator[str]:
         for package in ("torch", "onnxruntime", "openvino", "nncf", "torchao"):
             try:
@@ -390,7 +393,8 @@ def write_report() -> None:
         f"Written by `benchmarks/latency.py`: {ARGS.threads} threads, a new process per model and round, in turn.",
         "ms: median of the rounds' medians (least to largest); x: median over the rounds of ONNX Runtime fp32 / this.",
         "Cosine, largest and relative difference: first output against PyTorch fp32, one batch (MiniLM: token means).",
-        f"Load at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. {', '.join(versions())}.", "",
+        f"{machine('cpu')}, {os.cpu_count()} cores, {datetime.date.today()}; load {os.getloadavg()[0]:.1f} at the end.",
+        f"{', '.join(versions())}.", "",
     ]  # fmt: skip
     for name in ARGS.models:
         lines += table_of(name)
