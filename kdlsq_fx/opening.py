@@ -78,9 +78,20 @@ def load_task_model(source: str, task: Task, *, seed: int, dropout: float | None
     logging.disable_progress_bar()
     try:
         with _reading(source, "model" if task.spans else "classifier"):
-            return getattr(transformers, f"AutoModelFor{_head(task)}").from_pretrained(source, **names)
+            return _loaded(getattr(transformers, f"AutoModelFor{_head(task)}"), source, **names)
     finally:
         logging.set_verbosity(level)
+
+
+def _loaded(cls: Any, source: str, **names: Any) -> torch.nn.Module:
+    """ConfigError where most of the weights are not in the file: transformers would draw an encoder at random."""
+    model, info = cls.from_pretrained(source, output_loading_info=True, **names)
+    missing, known = len(info["missing_keys"]), len(list(model.named_parameters()))
+    if 2 * missing > known:
+        what = f"{missing} of {known} weights of {type(model).__name__} are not in the file"
+        do = "check that config.json (model_type) and the weights belong to the same model"
+        raise ConfigError(what, where=source, do=do)
+    return model  # type: ignore[no-any-return]
 
 
 def load_config(source: str) -> Any:
@@ -136,7 +147,7 @@ def open_hub_model(source: str) -> torch.nn.Module:
     with _reading(source, "model"):
         config = load_config(source)
         cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
-        return cls.from_pretrained(source).eval()
+        return _loaded(cls, source).eval()
 
 
 def open_model(path: Path, task: Task, *, backend: str = "reference") -> Any:

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 from kdlsq_fx.errors import ConfigError
 
 DEFAULT_QUANTIZER = "kdlsq"
-QUANTIZER_NAMES = ("", "kdlsq", "lsq", "lsq+", "minmax", "ema", "twn")
+QUANTIZER_NAMES = ("kdlsq", "lsq", "lsq+", "minmax", "ema", "twn")
 INIT_NAMES = ("", "mean", "quantile", "mse", "minmax")
 NONLINEAR_NAMES = ("", "table", "polynomial")
 PLACEMENTS = ("kdlsq", "integer")
@@ -54,7 +54,7 @@ class QSpec:
             raise ConfigError(f"signed={self.signed!r} is not possible", do="use true, false or null (by value kind)")
         if not (self.axis is None or (type(self.axis) is int and self.axis == 0)):
             raise ConfigError(f"axis={self.axis!r} is not possible", do="use null (per tensor) or 0 (per channel, row)")
-        _one_of("quantizer", self.quantizer, QUANTIZER_NAMES)
+        _one_of("quantizer", self.quantizer, ("", *QUANTIZER_NAMES))
         _one_of("init", self.init, INIT_NAMES)
         if self.quantizer == "twn" and (self.bits != 2 or self.signed is False):
             raise ConfigError(f"quantizer 'twn' is ternary, got bits={self.bits}, signed={self.signed}",

@@ -15,7 +15,7 @@ import torch
 from tiny_glue import bert, tokenizer, write_model, write_sst
 
 import kdlsq_fx as kq
-from kdlsq_fx import cli_parts, hub, job
+from kdlsq_fx import cli_parts, hub, job, opening
 from kdlsq_fx.cli import main
 from kdlsq_fx.data import load
 from kdlsq_fx.errors import CheckpointError, ConfigError
@@ -233,3 +233,14 @@ def test_ctrl_c_says_how_to_go_on(
         assert main([*argv, "--out", str(tmp_path)]) == 130
         said = capsys.readouterr().err
         assert f"kept in {tmp_path}" in said and "again to go on" in said
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    """transformers draws what it does not find at random, and here that would be all of the encoder."""
+    folder = write_model(tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text())
+    for architectures in ([], ["DistilBertModel"]):
+        changed = {**config, "model_type": "distilbert", "architectures": architectures}
+        (folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ConfigError, match="weights of DistilBertModel are not in the file"):
+            opening.open_hub_model(str(folder))

@@ -34,6 +34,7 @@ from kdlsq_fx.presets import build
 from kdlsq_fx.qconfig import Rule
 from kdlsq_fx.range_analysis import Ranges, analyse_ranges
 from kdlsq_fx.ranges import INT32_MAX, Bound, Bounds, Interval, demand_int32, dot_bound, magnitude
+from kdlsq_fx.verify import verify
 
 torch.set_num_threads(1)
 
@@ -367,12 +368,11 @@ def unknown_weight(gm: fx.GraphModule) -> None:
 def test_hand_broken_graphs_are_refused_by_site_and_bound(
     change: Callable[[fx.GraphModule], None], where: str, message: str
 ) -> None:
-    def broken(gm: fx.GraphModule) -> None:
-        change(gm)
-
-    convert(net())
+    gm = convert(net()).gm
+    verify(gm)
+    change(gm)
     with pytest.raises(VerifyError, match=message) as caught:
-        convert(net(), passes=[graph_pass("int")(broken)])
+        verify(gm)
     assert caught.value.where == where
 
 
