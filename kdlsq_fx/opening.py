@@ -91,7 +91,7 @@ def _loaded(cls: Any, source: str, **names: Any) -> torch.nn.Module:
         what = f"{missing} of {known} weights of {type(model).__name__} are not in the file"
         do = "check that config.json (model_type) and the weights belong to the same model"
         raise ConfigError(what, where=source, do=do)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def load_config(source: str) -> Any:
