@@ -265,10 +265,9 @@ def origins(found: list[dict[str, Any]]) -> list[str]:
     lines = []
     for r in found:
         known = ", ".join(f"{n} {v}" for n, v in r["versions"].items())
+        part = f"{len(r['sequences'])} chunks" if r["preset"] == "speed" else r["measured"]
         where = f"{r['device']}, {r['cores']} cores, {r['machine']}"
-        lines.append(
-            f"* {r['task']} {r['preset']}: {r['measured']} of dev; {where}; {known}; {r['commit']}, {r['date']}"
-        )
+        lines.append(f"* {r['task']} {r['preset']}: {part} of dev; {where}; {known}; {r['commit']}, {r['date']}")
     return lines
 
 
