@@ -57,7 +57,7 @@ def _convert(commands: Any) -> None:
 
 def run_convert(args: argparse.Namespace) -> int:
     from kdlsq_fx.api import convert, from_pretrained
-    from kdlsq_fx.files import WEIGHTS, check_folder, read_info, stage_of
+    from kdlsq_fx.files import WEIGHTS, check_folder, model_bytes, read_info, stage_of
 
     _check_order("convert", args.qat, args.out)
     read_info(args.qat)
@@ -68,7 +68,7 @@ def run_convert(args: argparse.Namespace) -> int:
     program.save_pretrained(args.out)
     _copy_tokenizer(args.qat, args.out)
     print(program.summary())
-    say(f"{args.out}: {_bytes(args.out) / 1e6:.1f} MB, without the tokenizer")
+    say(f"{args.out}: {model_bytes(args.out) / 1e6:.1f} MB, without the tokenizer")
     return 0
 
 
@@ -179,13 +179,6 @@ def _check_order(command: str, qat: Path, out: Path) -> None:
     if stage_of(out) == "qat" and stage_of(qat) != "qat":
         do = f"first the qat folder: kdlsq-fx {command} {out} {qat}"
         raise ConfigError("the two are the wrong way round", where=f"{qat} {out}", do=do)
-
-
-def _bytes(folder: Path) -> int:
-    """Bytes of the files in a folder, the tokenizer's left out."""
-    from kdlsq_fx.files import TOKENIZER_FILES
-
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.name.startswith(TOKENIZER_FILES))
 
 
 def _copy_tokenizer(source: Path, out: Path) -> None:

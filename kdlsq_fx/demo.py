@@ -32,6 +32,7 @@ from kdlsq_fx.files import (
     INFO,
     belongs_to,
     make_folder,
+    model_bytes,
     read_json,
     read_tensors,
     write_json,
@@ -184,7 +185,7 @@ def measure(demo: Demo, name: str, make: Callable[[Demo], tuple[Any, Path]]) -> 
     ms = latency(model, demo.held_out, range(min(TIMED, len(demo.held_out))), title=f"time {name}")
     row = report.Row(
         own, name=name, cosine=float(close.mean()), lowest=float(close.min()), overlap=overlap(*near),
-        bytes=report.size_of(path), file=str(path.relative_to(demo.out)), ms=ms,
+        bytes=model_bytes(path), file=str(path.relative_to(demo.out)), ms=ms,
     )  # fmt: skip
     write_tensors(vectors, {"vectors": torch.from_numpy(own)})
     write_json(figures, row.figures())

@@ -11,7 +11,6 @@ import numpy as np
 
 from kdlsq_fx.data import Encoded
 from kdlsq_fx.errors import ConfigError
-from kdlsq_fx.files import TOKENIZER_FILES
 from kdlsq_fx.qconfig import resolve
 from kdlsq_fx.sentence import cosines, embed
 
@@ -58,14 +57,6 @@ def baseline_of(qconfig: str) -> str:
         raise ConfigError(f"--qconfig {qconfig!r} is no preset", do=do)
     resolve(qconfig)
     return f"{match[0]}-minmax" + ("-int" if qconfig.endswith("-int") else "")
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder but the tokenizer's, which are the same for all."""
-    if path.is_file():
-        return path.stat().st_size
-    files = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(TOKENIZER_FILES)]
-    return sum(p.stat().st_size for p in files)
 
 
 def check(qat: Any, out: Path, texts: Encoded, rows: list[Row]) -> list[Check]:

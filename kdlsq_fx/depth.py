@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from .errors import ConfigError
-from .graph import fetch, site_of
+from .graph import constants, fetch, site_of
 from .lsq import Lsq
 from .taps import find_taps
 
@@ -71,18 +71,14 @@ def _quantizers(gm: fx.GraphModule, value: fx.Node) -> list[fx.Node]:
 
 def block_parameters(gm: fx.GraphModule) -> list[set[str] | None]:
     """For each block the names of parameters that no other part of the graph reads; None where it cannot go."""
-    everything = _constants(gm)
+    everything = set(constants(gm.graph))
     found: list[set[str] | None] = []
     for block in range(count_blocks(gm)):
         try:
-            found.append(everything - _constants(without(gm, (block,))))
+            found.append(everything - constants(without(gm, (block,)).graph).keys())
         except ConfigError:
             found.append(None)
     return found
-
-
-def _constants(gm: fx.GraphModule) -> set[str]:
-    return {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
 
 
 def without(gm: fx.GraphModule, blocks: tuple[int, ...]) -> fx.GraphModule:

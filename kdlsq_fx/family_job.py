@@ -167,11 +167,8 @@ class Job:
                     write_json(path, {"format": 1, "rows": len(self.held_out), "members": known})
             return min(members, key=lambda m: known[member_key(m)])
 
-        def fits(member: Member) -> bool:
-            return all(tables.cost(c, member) <= most for c, most in budgets.items())
-
-        plain = [m for m in map(self.family.uniform, self.family.bits) if fits(m)]
-        before = [m for m in map(member_of, known) if fits(m)]
+        plain = [m for m in map(self.family.uniform, self.family.bits) if tables.keeps(m, budgets)]
+        before = [m for m in map(member_of, known) if tables.keeps(m, budgets)]
         winner = nearest([*best(tables, budgets, self.plan.candidates), *plain[-1:], *before])
         for _ in range(self.plan.rounds):
             around, last = self._around(tables, winner), winner

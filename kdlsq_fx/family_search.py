@@ -61,6 +61,10 @@ class Tables:
     def cost(self, cost: str, member: Member) -> float:
         return self.rest(cost, member.left_out) + float((self.chosen(member) * self.costs[cost]).sum())
 
+    def keeps(self, member: Member, budgets: Mapping[str, float]) -> bool:
+        """Whether a member costs at most what each budget (cost -> at most) allows."""
+        return all(self.cost(cost, member) <= most for cost, most in budgets.items())
+
     def expected(self, member: Member) -> float:
         """The loss above that of the largest member, were all changes independent."""
         return self.depths[member.left_out] + float(self.loss[self.chosen(member) > 0].sum())
@@ -168,6 +172,6 @@ def _solve(
         bits = np.full(len(there), tables.bits[-1])  # switches that are gone stand at the largest width
         bits[there] = np.asarray(tables.bits)[found.x.reshape(rows, width).argmax(axis=1)]
         member = Member(tuple(int(b) for b in bits), left_out)
-        if all(tables.cost(cost, member) <= most for cost, most in budgets.items()):
+        if tables.keeps(member, budgets):
             return member
         banned.append(tables.chosen(member))  # over a budget by less than the solver's tolerance

@@ -119,6 +119,12 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
+def model_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder but the tokenizer's, which are the same for all models."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(p.stat().st_size for p in files if not p.name.startswith(TOKENIZER_FILES))
+
+
 def checksum(path: Path) -> str:
     """SHA-256 of a file; CheckpointError where it cannot be read."""
     try:

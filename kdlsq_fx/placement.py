@@ -104,7 +104,7 @@ def _want(
 
 def _tell_integers(gm: fx.GraphModule, ops: list[fx.Node], moved: set[fx.Node]) -> None:
     """Say of ops without a quantizer what integers make of them: with the integer placement few of them stay float."""
-    known = _constants(gm.graph)
+    known = _unreached(gm.graph)
     for node in ops:
         got, why = node.meta["decision"]
         if got == "float" and node in known:
@@ -127,7 +127,7 @@ def _reads_integers(node: fx.Node, moved: set[fx.Node], known: set[fx.Node]) -> 
     return all(a not in moved and a.meta.get("decision", ("float",))[0] != "float" for a in computed)
 
 
-def _constants(graph: fx.Graph) -> set[fx.Node]:
+def _unreached(graph: fx.Graph) -> set[fx.Node]:
     """What no input reaches: freeze will compute it once."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
