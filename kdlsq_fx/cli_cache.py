@@ -13,6 +13,8 @@ from kdlsq_fx.errors import ConfigError
 LOSSES = ("kdlsq", "kdlsq-release", "ternarybert", "ternarybert-release", "hsk", "hsk-release")  # kd_named loads torch
 TOKENS = ("left", "right", "cls", "attention", "attention-no-sep")
 FEATURES = ("magnitude", "magnitude-batch", "random", "uniform")
+CHOSEN = {"tokens": "attention-no-sep", "features": "magnitude", "mask": "teacher"}
+SPAN = 100.0
 
 
 def add(commands: Any) -> None:
@@ -35,11 +37,15 @@ def add_loss(p: argparse.ArgumentParser, *, loss: str | None, compress: str | No
     p.add_argument("--loss", choices=LOSSES, default=loss, help=text)
     text = "what is kept of the hidden states: 1l_10t_0.1h is 1 layer, 10 tokens, a tenth of the features; whole: all"
     p.add_argument("--compress", default=compress, help=text + ("" if compress else " (default: whole)"))
-    p.add_argument("--tokens", choices=TOKENS, default="attention-no-sep", help="which tokens are kept")
-    p.add_argument("--features", choices=FEATURES, default="magnitude", help="which features are kept")
-    text = "weight of start and end (--task squad); their mean over positions is small, KDLSQ's release takes 100"
-    p.add_argument("--span", type=positive, default=100.0, help=text)
-    p.add_argument("--mask", choices=("teacher", "both"), default="teacher", help="on which side the others are 0")
+    kept = "(with --compress; default: {})"
+    for name, choices, text in (
+        ("tokens", TOKENS, "which tokens are kept"),
+        ("features", FEATURES, "which features are kept"),
+        ("mask", ("teacher", "both"), "on which side the others are 0"),
+    ):
+        p.add_argument(f"--{name}", choices=choices, help=f"{text} {kept.format(CHOSEN[name])}")
+    text = "weight of start and end (--task squad; default: 100, as in KDLSQ's release); their mean is small"
+    p.add_argument("--span", type=positive, help=text)
 
 
 def add_training(p: argparse.ArgumentParser) -> None:
@@ -49,13 +55,17 @@ def add_training(p: argparse.ArgumentParser) -> None:
 
 
 def chosen_loss(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
-    """The keywords of ``distill`` that the options ask for."""
+    """The keywords of ``distill`` that the options ask for. ConfigError for a choice among what is kept whole."""
     from kdlsq_fx.compression import Compression
 
-    chosen = {"loss": args.loss or "kdlsq"} | ({"span": args.span} if args.task == cli_data.SQUAD else {})
+    chosen = {"loss": args.loss or "kdlsq"} | ({"span": args.span or SPAN} if args.task == cli_data.SQUAD else {})
+    given = {name: getattr(args, name) for name in CHOSEN if getattr(args, name)}
     if args.compress in (None, "whole"):
+        for name in given:
+            do = "leave it away, or say with --compress how much is kept, such as 1l_10t_0.1h"
+            raise ConfigError("everything of the hidden states is kept", where=f"--{name}", do=do)
         return chosen
-    more = {"tokens": args.tokens, "features": args.features, "mask": args.mask}
+    more = CHOSEN | given
     compress = Compression.parse(args.compress, separator=tokenizer.sep_token_id, **more)
     return chosen | {"compress": compress}
 
@@ -65,13 +75,13 @@ def check_training(args: argparse.Namespace) -> None:
     said before any work."""
     from kdlsq_fx.kd_cache import Cache
 
-    learning = [f"--{name}" for name in ("loss", "compress") if getattr(args, name)]
+    learning = [f"--{name}" for name in ("loss", "compress", *CHOSEN, "span") if getattr(args, name)]
     if args.cache is not None:
         if args.no_teacher or args.teacher:
             do = "leave --no-teacher and --teacher away; --model names where the student starts"
             raise ConfigError("a cache takes the place of the teacher", where="--cache", do=do)
         if learning:
-            do = "leave --loss, --compress away"
+            do = f"leave {', '.join(learning)} away"
             raise ConfigError("a cache has its loss and compression", where="--cache", do=do)
         Cache.open(args.cache)
     wants = ["--teacher"] * bool(args.teacher) + learning + ["--more"] * bool(args.more)

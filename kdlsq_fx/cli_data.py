@@ -11,9 +11,18 @@ from typing import Any
 
 from kdlsq_fx import kg_cli
 from kdlsq_fx.cli_parts import DATA_HELP, at_least, device_of, say
-from kdlsq_fx.errors import InputError
+from kdlsq_fx.errors import ConfigError, InputError
 
 SQUAD = "squad"
+
+# the tasks that read an option; those not named here serve every task
+READ_BY = {
+    "--doc-stride": (SQUAD,),
+    "--span": (SQUAD,),
+    "--long-texts": kg_cli.TASKS,
+    "--negatives": kg_cli.WITH_NEGATIVES,
+    "--fresh-negatives": kg_cli.WITH_NEGATIVES,
+}
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
@@ -22,14 +31,18 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--task", choices=(SQUAD, *kg_cli.TASKS), help=text)
     text = "tokens of a row (by task: 384 for squad, 64 for sst2 and cola, else 128)"
     p.add_argument("--max-length", type=at_least(4), help=text)
-    text = "tokens from one window over a long context to the next (squad)"
-    p.add_argument("--doc-stride", type=at_least(1), default=128, help=text)
+    text = "tokens from one window over a long context to the next (squad; default: 128)"
+    p.add_argument("--doc-stride", type=at_least(1), help=text)
     kg_cli.add_options(p)
 
 
 def load(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, tuple[str, ...]]:
     """The data set, whose ``dev`` is the split to measure; what makes a row of its table (job.Measure); and the names
-    of its figures (none: those of its metric)."""
+    of its figures (none: those of its metric). ConfigError for an option that the task does not read."""
+    for option, tasks in READ_BY.items():
+        if getattr(args, option[2:].replace("-", "_"), None) and args.task not in tasks:
+            do = f"leave it away, or give --task {' or '.join(tasks)}"
+            raise ConfigError(f"--task {args.task or '(none)'} does not read it", where=option, do=do)
     device = device_of(getattr(args, "device", "cpu"))
     if args.task in kg_cli.TASKS:
         return kg_cli.load(args, tokenizer, device=device)
@@ -53,7 +66,8 @@ def _squad(args: argparse.Namespace, tokenizer: Any, split: str, device: str) ->
     from kdlsq_fx import squad_job
     from kdlsq_fx.squad_metrics import FIGURES
 
-    options = {"max_length": args.max_length, "doc_stride": args.doc_stride, "training": args.command != "eval"}
+    options = {"max_length": args.max_length, "training": args.command != "eval"}
+    options |= {"doc_stride": args.doc_stride} if args.doc_stride else {}
     dataset = squad_job.load(args.data, tokenizer, split=split, device=device, **options)
     for note in squad_job.notes(dataset):
         say(note)

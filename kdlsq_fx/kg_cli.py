@@ -8,6 +8,7 @@ from typing import Any
 from kdlsq_fx.cli_parts import say
 
 TASKS = ("kg-triples", "kg-links", "kg-relations")
+WITH_NEGATIVES = ("kg-triples", "kg-links")
 FORMS = {"ptq": "min-max PTQ", "qat": "student (qat)", "int": "integer", "onnx": "ONNX"}  # the rows of job.preset_rows
 
 
@@ -19,7 +20,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
 def add_train_options(p: argparse.ArgumentParser) -> None:
     """Options of training on one."""
     p.add_argument("--negatives", type=int, help="false triples per true one (kg-triples: 1, kg-links: 5)")
-    p.add_argument("--fresh-negatives", dest="fresh", action="store_true", help="draw them anew in every epoch")
+    p.add_argument("--fresh-negatives", action="store_true", help="draw them anew in every epoch")
     text = "models measured beside fp32 (all; kg-links: qat and onnx, for NumPy ranks slowly)"
     p.add_argument("--forms", nargs="+", choices=tuple(FORMS), help=text)
 
@@ -36,8 +37,9 @@ def load(args: argparse.Namespace, tokenizer: Any, **fields: Any) -> tuple[Any, 
     beside the file of `eval --out`. ``fields``: of kg_job.KgDataset."""
     from kdlsq_fx import kg_job
 
-    names = ("max_length", "long_texts", "seed", "negatives", "fresh", "split")
+    names = ("max_length", "long_texts", "seed", "negatives", "split")
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    options["fresh"] = getattr(args, "fresh_negatives", False)
     if args.command == "train":
         fields["states"] = args.out / "ranking"
     if args.command == "eval":
