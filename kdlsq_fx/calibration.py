@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def calibrate(
     acts = {name: q for name, q in quantizers.items() if q.role == "act"}
     with _observing(model, acts), torch.no_grad():
         number = 0
-        for batch in _bar(islice(batches, max_batches), progress, max_batches):
+        for batch in _bar(batches, progress, max_batches):
             _call(model, batch)
             number += 1
         if not number:
@@ -110,10 +111,12 @@ def _call(model: nn.Module, batch: Any) -> None:
         raise InputError(f"a batch is a dict, a tuple or a tensor, got {type(batch).__name__}", where="calibrate")
 
 
-def _bar(batches: Iterable[Any], progress: bool, total: int | None) -> Iterable[Any]:
+def _bar(batches: Iterable[Any], progress: bool, most: int | None) -> Iterable[Any]:
     from tqdm import tqdm
 
-    return tqdm(batches, desc="calibrate", total=total, leave=False, disable=not (progress and sys.stderr.isatty()))
+    known = [n for n in (length_hint(batches), most) if n]
+    off = not (progress and sys.stderr.isatty())
+    return tqdm(islice(batches, most), desc="calibrate", total=min(known, default=None), leave=False, disable=off)
 
 
 def _quantizers(model: nn.Module) -> dict[str, Lsq]:
