@@ -45,4 +45,5 @@ def _bits(steps: Array, width: int) -> Array:
     words = np.zeros(len(groups), "<u8")
     for place in range(8):
         words |= groups[:, place].astype("<u8") << np.uint64(width * place)
-    return words.view(np.uint8).reshape(-1, 8)[:, :width].reshape(-1)[: -(-len(steps) * width // 8)]
+    data = words.view(np.uint8).reshape(-1, 8)[:, :width]
+    return data.flatten()[: -(-len(steps) * width // 8)]  # a copy: of one column reshape gives a strided view

@@ -45,6 +45,7 @@ def test_every_width_and_length(seed: int, shape: list[int], levels: int, signed
         assert codes.size == 1 and codes.max() == np.iinfo(dtype).max
         return
     data, row = made
+    assert data.flags.c_contiguous  # a file takes no other
     assert data.tobytes() == as_written(codes.reshape(-1).tolist(), row["first"], row["levels"])
     if codes.size > 1:
         assert (row["first"], row["levels"]) == (first, levels)
