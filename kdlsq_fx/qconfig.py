@@ -1,17 +1,16 @@
-"""What gets quantized and how: QSpec, Rule, QConfig; globs over sites; JSON. Presets by name live in presets.py."""
+"""What gets quantized and how: QSpec, Rule, QConfig; JSON. Presets by name live in presets.py."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from kdlsq_fx.errors import ConfigError
+from kdlsq_fx.globs import name_matches, site_matches
 
 DEFAULT_QUANTIZER = "kdlsq"
 QUANTIZER_NAMES = ("kdlsq", "lsq", "lsq+", "minmax", "ema", "twn")
@@ -128,7 +127,7 @@ class Rule:
 
     def matches(self, site: str, op: str) -> bool:
         """True where both globs fit; see :func:`site_matches`."""
-        return _component(self.op).fullmatch(op) is not None and site_matches(self.site, site)
+        return name_matches(self.op, op) and site_matches(self.site, site)
 
     match = matches
 
@@ -232,7 +231,7 @@ class QConfig:
                     "stands in front of it",
                     do="put the narrower rule first, or drop one of them",
                 )
-            same_op = [s for s, op in pairs if _component(rule.op).fullmatch(op)]
+            same_op = [s for s, op in pairs if name_matches(rule.op, op)]
             names = same_op or [s for s, _ in pairs]
             near = get_close_matches(rule.site, names, n=5, cutoff=0.3) or names[:5]
             what = f"rule (site={rule.site!r}, op={rule.op!r}) matches nothing"
@@ -307,30 +306,6 @@ def _one_of(key: str, value: Any, allowed: Sequence[str]) -> None:
         hint = f"did you mean {near[0]!r}? " if near else ""
         names = ", ".join(repr(a) for a in allowed)
         raise ConfigError(f"{key}={value!r} is unknown", do=f"{hint}allowed: {names}")
-
-
-@lru_cache(maxsize=4096)
-def _component(glob: str) -> re.Pattern[str]:
-    return re.compile(re.escape(glob).replace(r"\*", ".*").replace(r"\?", "."))
-
-
-@lru_cache(maxsize=4096)
-def _site_pattern(glob: str) -> re.Pattern[str]:
-    """One regex over the site's components, each closed by a slash."""
-    text = ""
-    for part in re.split(r"[./]", glob):
-        inner = re.escape(part).replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
-        text += "(?:[^/]*/)*" if part == "**" else inner + "/"
-    return re.compile(text)
-
-
-def site_matches(glob: str, site: str) -> bool:
-    """Component-wise glob; components are divided by ``.`` and ``/``.
-
-    ``*`` and ``?`` stay inside one component, ``**`` spans any number of them, none included. A repeat keeps its
-    ``:k``: ``add`` is not ``add:1``, ``add*`` is both.
-    """
-    return _site_pattern(glob).fullmatch(site.replace(".", "/") + "/") is not None
 
 
 def preset(name: str) -> QConfig:

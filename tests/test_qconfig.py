@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdlsq_fx.errors import ConfigError
-from kdlsq_fx.qconfig import INIT_NAMES, NONLINEAR_NAMES, QConfig, QSpec, Rule, preset, resolve, site_matches
+from kdlsq_fx.globs import site_matches
+from kdlsq_fx.qconfig import INIT_NAMES, NONLINEAR_NAMES, QConfig, QSpec, Rule, preset, resolve
 
 LAYER = "bert.encoder.layer.3"
 SITES = [
