@@ -149,12 +149,11 @@ class LsqPlus(LsqStep):
         out: Tensor = _LsqFunction.apply(x, step, self.offset, self._zero(step), self.qmin, self.qmax, g)
         return out
 
-    @torch.no_grad()
-    def _project(self) -> None:
-        super()._project()
-        if self.offset is not None:
+    def _trained(self, x: Tensor) -> Tensor:
+        if self.offset is not None:  # back to where the zero point stands still; the fused kernels lift raw alone
             step = self.scale
-            self.offset.clamp_(min=-self.qmax * step, max=-self.qmin * step)
+            self.offset.data.clamp_(min=-self.qmax * step, max=-self.qmin * step)
+        return super()._trained(x)
 
     @torch.no_grad()
     def _set_from(self, summary: Summary) -> None:

@@ -135,6 +135,20 @@ def test_a_scale_below_its_floor_and_nan(device):
         assert out.isnan().tolist() == [True, False, False]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_offset_that_drifted_comes_back(device):
+    """No zero point is beyond the ends: an offset that goes on out there would take long to come back."""
+    left = []
+    for on in (True, False):
+        fused.use(on)
+        q = quantizer("lsq+", device=device)
+        q.offset.data.fill_(-50 * float(q.scale))
+        q(torch.ones(9, device=device))
+        q(torch.ones(9, device=device)).sum().backward()  # twice in a step
+        left.append(q.offset.detach() / q.scale)
+    assert left[0].item() == left[1].item() == -q.qmax
+
+
 def test_sums_do_not_depend_on_the_number_of_threads():
     q = quantizer("lsq")
     x, grad = torch.randn(2, 300, 999).unbind()
