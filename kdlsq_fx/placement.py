@@ -31,10 +31,13 @@ class Demand:
     uses: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
 
     @property
+    def is_table(self) -> bool:
+        return any(table_of(user) is not None for user, _ in self.uses)
+
+    @property
     def text(self) -> str:
         """What the table of sites says: ``weight:lsq4 per channel``."""
-        is_table = any(table_of(user) is not None for user, _ in self.uses)
-        scales = "per tensor" if self.spec.axis is None else "per row" if is_table else "per channel"
+        scales = "per tensor" if self.spec.axis is None else "per row" if self.is_table else "per channel"
         return f"{self.kind}:{self.spec.quantizer}{self.spec.bits} {scales}"
 
 
@@ -90,6 +93,8 @@ def _want(
             continue
         key = (_identity(demand.value), "wide" if demand.kind == "wide" else "act")
         known = found.setdefault(key, demand)
+        if known.is_table and rule.optional:
+            demand = known  # a decoder tied to its table, under a preset: W bits for one, E bits for the other
         if known.spec != demand.spec:
             first = site_of(known.uses[0][0]) if known.uses else site_of(known.value)
             raise ConfigError(

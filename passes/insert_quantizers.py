@@ -22,12 +22,24 @@ def insert_quantizers(gm: fx.GraphModule) -> None:
 
     A LayerNorm that reads a quantized value becomes ``norm_on_grid``: its statistics are those of the integers.
     """
-    for demand in find_demands(gm, gm.meta["qconfig"])[: gm.meta.get("fuel")]:
+    demands, fuel = find_demands(gm, gm.meta["qconfig"]), gm.meta.get("fuel")
+    for demand in demands[len(demands) if fuel is None else fuel :]:
+        _leave_out(demand)
+    for demand in demands[:fuel]:
         _insert(gm, demand)
     _name_copies(gm)
     for node in list(gm.graph.nodes):
         _ground_bias(gm, node)
         _ground_norm(gm, node)
+
+
+def _leave_out(demand: Demand) -> None:
+    """The table of sites says of the readers what they did not get."""
+    for user, _ in demand.uses:
+        got, why = user.meta.get("decision", ("", ""))
+        if demand.text in (kept := got.split(", ")):
+            kept.remove(demand.text)
+            user.meta["decision"] = (", ".join(kept) or "float", f"{why}; fuel ended before {demand.text}")
 
 
 def _insert(gm: fx.GraphModule, demand: Demand) -> None:

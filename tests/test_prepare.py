@@ -89,7 +89,10 @@ def test_no_fuel_is_the_float_model_and_fuel_counts():
     data = batch()
     empty = kq.prepare_qat(model, "W2E2A8", fuel=0).eval()
     torch.testing.assert_close(empty(**data).logits, model(**data).logits, atol=1e-5, rtol=1e-5)
-    assert len(quantizers(kq.prepare_qat(model, "W2E2A8", fuel=5))) == 5
+    some = kq.prepare_qat(model, "W2E2A8", fuel=5)
+    assert len(quantizers(some)) == 5
+    assert "0 of 49 sites have quantizers" in empty.table() and "fuel ended before weight:kdlsq2" in empty.table()
+    assert sum(row[2].count("kdlsq") for row in site_rows(some.gm)) == 7  # the first layer's input has three readers
 
 
 def test_hugging_face_surface():
@@ -229,6 +232,18 @@ def test_tied_decoder_shares_the_quantizer():
     qat = kq.prepare_qat(tiny("bert", "ForMaskedLM"), "W4E4A8")
     shared = [n for n in qat.gm.graph.nodes if str(n.target) == "bert.embeddings.word_embeddings.weight_lsq"]
     assert len(shared) == 2 or operand_is_quantized(qat, "cls.predictions.decoder/linear", 1)
+
+
+@pytest.mark.parametrize("preset", ["W2E8A8", "W4E2A8-lsq-int"])
+def test_a_tied_decoder_has_the_bits_of_its_table(preset):
+    """One parameter, and a preset that names two widths; a user's own rule for the decoder is still a conflict."""
+    model = tiny("bert", "ForMaskedLM")
+    made = weights_of(kq.prepare_qat(model, preset))
+    tied = [spec for name, spec in made.items() if "decoder" in name or "word_embeddings" in name]
+    assert tied and {bits for _, bits, _ in tied} == {int(preset[3])}
+    rule = Rule(site="**.decoder/linear", op="linear", weight=QSpec(bits=5), act=QSpec(bits=8))
+    with pytest.raises(ConfigError, match="two rules quantize one value differently"):
+        kq.prepare_qat(model, kq.preset(preset).with_rules(rule))
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "modernbert"])
