@@ -50,7 +50,7 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Any = None
         CaptureError: names the construct or the op that has no meaning here, and its site.
     """
     if isinstance(model, torch.export.ExportedProgram):
-        return _from_program(model, {}, None)
+        return _from_graph(model.module(check_guards=False))
     if not isinstance(model, nn.Module):
         raise CaptureError(f"cannot capture a {type(model).__name__}", do="pass an nn.Module or an ExportedProgram")
     inner = getattr(model, "gm", None)
@@ -68,6 +68,7 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Any = None
     own.eval()
     with torch.no_grad():
         result = own(**kwargs)
+    _check_flat(result)
     return _from_program(program, kwargs, result)
 
 
@@ -77,6 +78,19 @@ def _check_weights(model: nn.Module) -> None:
     if absent is not None:
         do = "load the weights before prepare_qat (from_pretrained without device_map)"
         raise CaptureError("a weight is on the meta device and has no values", where=absent, do=do)
+
+
+def _check_flat(result: Any) -> None:
+    """CaptureError for an output within an output: the graph returns a flat row of tensors."""
+    fields = result if isinstance(result, Mapping) else dict(enumerate(result)) if _is_row(result) else {}
+    nested = next((k for k, v in fields.items() if _is_row(v) or isinstance(v, Mapping)), None)
+    if nested is not None:
+        what = f"output {nested!r} of the model is a {type(fields[nested]).__name__} of its own"
+        raise CaptureError(what, do="return tensors, or one dictionary or tuple of tensors")
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, (tuple, list))
 
 
 def _use_eager_attention(model: nn.Module) -> None:
@@ -114,8 +128,8 @@ def _example_inputs(model: nn.Module, example: Any) -> dict[str, Any]:
 
 
 def _given(names: list[str], example: Any) -> dict[str, Any]:
-    """The user's example by argument name, floats in float32. A text batch of one row is doubled: torch.export takes a
-    size of 1 for a constant, and the batch is to stay free."""
+    """The user's example by argument name, floats in float32. A batch of one row is doubled: torch.export takes a size
+    of 1 for a constant, and the batch is to stay free."""
     if not isinstance(example, Mapping):
         args = example if isinstance(example, (tuple, list)) else (example,)
         if len(args) > len(names):
@@ -129,7 +143,9 @@ def _given(names: list[str], example: Any) -> dict[str, Any]:
     given = {k: v.float() if _is_float(v) else v for k, v in given.items()}
     ids = given.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
-        return given
+        tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor) and v.dim() > 0}
+        alone = bool(tensors) and all(v.shape[0] == 1 for v in tensors.values())
+        return {**given, **{k: torch.cat([v, v]) for k, v in tensors.items()}} if alone else given
     if ids.shape[1] < 2:
         raise CaptureError("the example has one token a row: its length would stay fixed", do="give a longer example")
     if ids.shape[0] > 1:
@@ -185,8 +201,6 @@ def _from_program(program: torch.export.ExportedProgram, kwargs: dict[str, Any],
         raise CaptureError("the exported program holds no GraphModule")
     flat = pytree.tree_leaves(next(iter(gm.graph.find_nodes(op="output"))).args[0])
     names = tuple(result.keys()) if isinstance(result, Mapping) else ()
-    if not kwargs:
-        kwargs = _example_of(gm)
     return _finish(gm, flat, names, type(result) if names else None, kwargs)
 
 

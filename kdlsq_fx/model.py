@@ -47,7 +47,7 @@ class QuantModel(nn.Module):
         self.register_load_state_dict_pre_hook(fill_in_ties)
         self.gm = captured.gm
         self.qconfig = qconfig
-        self.config = getattr(model, "config", None)
+        self.config = copy.deepcopy(getattr(model, "config", None))  # the Trainer writes into it
         self.model_class = _class_name(model)
         self.input_names = captured.inputs
         self.output_names = captured.outputs
@@ -162,7 +162,10 @@ class QuantModel(nn.Module):
 
     def _check(self, inputs: dict[str, Any], values: bool) -> None:
         ids = inputs.get("input_ids")
-        if ids is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return
+        if ids is None:
+            self._check_sizes(inputs)
             return
         vocab, positions = self._limits
         if ids.dim() != 2 or ids.numel() == 0:
@@ -179,6 +182,18 @@ class QuantModel(nn.Module):
                 raise InputError(what, where=name, do="pass one number per id, (batch, length)")
         if values:
             self._check_values(ids, inputs.get("token_type_ids"), vocab)
+
+    def _check_sizes(self, inputs: dict[str, Any]) -> None:
+        """InputError for a size other than the one that the capture took for a constant."""
+        for node in self.gm.graph.find_nodes(op="placeholder"):
+            value, known = inputs[str(node.target)], node.meta.get("val")
+            if not isinstance(value, torch.Tensor) or not isinstance(known, torch.Tensor):
+                continue
+            fixed = [(s, n) for s, n in zip(known.shape, value.shape) if isinstance(s, int)]
+            if value.dim() != known.dim() or any(s != n for s, n in fixed):
+                what = f"{node.target} has shape {tuple(value.shape)}, captured was {tuple(known.shape)}"
+                do = "letters stand for any size, numbers are fixed; prepare with an example of other sizes"
+                raise InputError(what, where=str(node.target), do=do)
 
     def _check_values(self, ids: torch.Tensor, types: torch.Tensor | None, vocab: int) -> None:
         kinds = kinds_of(self.config)

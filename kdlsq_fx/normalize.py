@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -9,22 +10,31 @@ import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 
+from .errors import CaptureError
 from .graph import assign_sites, fetch, mark_plumbing, module_path, put, unused_name
 from .op import BY_TARGET
 from .ops.shape import LAST, arange, full
 
 aten = torch.ops.aten
 
-IDENTITY = {aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default}
-IDENTITY |= {aten.clone.default, aten._to_copy.default}
+SAME = {aten.alias.default, aten.detach.default, aten.detach_.default}
+COPIES = {aten.clone.default, aten.lift_fresh_copy.default}
 CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default}
 RENAMED = {aten.multiply.Tensor: aten.mul.Tensor, aten.divide.Tensor: aten.div.Tensor}
-CASTS = {aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default, aten.to.other}
+CASTS = {
+    aten._to_copy.default,
+    aten.to.device,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.type_as.default,
+    aten.to.other,
+}
 
 
 def normalize(gm: fx.GraphModule) -> None:
     """Rewrite a fresh export in place until every call is a declared op, then name the sites."""
     _inline_no_grad(gm)
+    _functionalize(gm.graph)  # before copies go: what is written into a copy stays there
     for node in list(gm.graph.nodes):
         if node.op == "call_module" and "_guards_fn" in str(node.target):
             gm.graph.erase_node(node)
@@ -41,20 +51,18 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node) -> None:
     target = node.target
     if target in CHECKS:
         gm.graph.erase_node(node)
-    elif target in IDENTITY:
+    elif target in COPIES:
         _replace(node, node.args[0])
     elif target in CASTS:
         _cast(node)
     elif target in RENAMED:
         node.target = RENAMED[target]
-    elif target in (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default):
+    elif target in (aten.dropout.default, aten.feature_dropout.default):
         _restore_dropout(gm, node)
     elif target is aten.im2col.default:
         _unfold(node)
     elif target in FACTORIES:
         _factory(node)
-    elif isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-        _functionalize(node, target)
 
 
 def _replace(node: fx.Node, value: Any) -> None:
@@ -71,6 +79,13 @@ def _cast(node: fx.Node) -> None:
     node.target, node.args, node.kwargs = aten.to.dtype, (source, node.meta["val"].dtype), {}
 
 
+class FeatureDropout(nn.Dropout):
+    """Whole features [n, c, ...] at once, as ``nn.Dropout1d`` and ``nn.Dropout2d`` do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.feature_dropout(x, self.p, self.training)
+
+
 def _restore_dropout(gm: fx.GraphModule, node: fx.Node) -> None:
     source, p = node.args[0], float(node.args[1])  # type: ignore[arg-type]
     if p == 0.0:
@@ -78,9 +93,9 @@ def _restore_dropout(gm: fx.GraphModule, node: fx.Node) -> None:
         return
     path = module_path(node)
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    named = bool(stack) and "dropout" in str(stack[-1][1]).lower()
+    named = bool(path) and "dropout" in str(stack[-1][1]).lower()
     name = unused_name(gm, path if named and not _taken(gm, path) else (f"{path}.dropout" if path else "dropout"))
-    put(gm, name, nn.Dropout(p))
+    put(gm, name, nn.Dropout(p) if node.target is aten.dropout.default else FeatureDropout(p))
     with node.graph.inserting_before(node):
         new = node.graph.call_module(name, (source,))
     new.meta = {**node.meta, "path": path}
@@ -120,16 +135,55 @@ def _unfold(node: fx.Node) -> None:
     _replace(node, value)
 
 
-def _functionalize(node: fx.Node, target: torch._ops.OpOverload) -> None:
-    """``x.add_(y)`` to ``add(x, y)``: whatever reads x afterwards reads the result."""
-    name = target._schema.name.split("::")[1][:-1]
-    found = getattr(getattr(aten, name), target._overloadname)
+def _functionalize(graph: fx.Graph) -> None:
+    """``x.add_(y)`` to ``add(x, y)``: whatever reads x afterwards reads the result.
+
+    CaptureError where x is read afterwards under another name, or is a buffer: the functional form says nothing there.
+    """
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        target = node.target
+        if target in SAME:
+            _replace(node, node.args[0])
+            continue
+        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+            continue
+        _refuse_shared(node, order)
+        name = target._schema.name.split("::")[1][:-1]
+        found = getattr(getattr(aten, name), target._overloadname)
+        source: Any = node.args[0]
+        node.target = RENAMED.get(found, found)
+        for user in list(source.users):
+            if user is not node and order[user] > order[node]:
+                user.replace_input_with(source, node)
+
+
+def _refuse_shared(node: fx.Node, order: dict[fx.Node, int]) -> None:
     source: Any = node.args[0]
-    node.target = RENAMED.get(found, found)
-    order = {n: i for i, n in enumerate(node.graph.nodes)}
-    for user in list(source.users):
-        if user is not node and order[user] > order[node]:
-            user.replace_input_with(source, node)
+    base = source
+    while (below := _shares(base)) is not None:
+        base = below
+    names = [base]
+    for name in names:
+        names += [u for u in name.users if _shares(u) is name and order[u] < order[node]]
+    others = [n for n in names if n is not source and any(order[u] > order[node] for u in n.users)]
+    what, where = f"{node.target} writes in place into", f"{module_path(node) or 'forward'}/{node.name}"
+    if base.op == "get_attr":
+        do = "a captured model keeps nothing from call to call: take that out, or replace the module (batch norm)"
+        raise CaptureError(f"{what} {base.target}", where=where, do=do)
+    if others:
+        do = "make a new tensor: x = x + y for x += y, torch.where or torch.cat for x[:, 0] = y"
+        raise CaptureError(f"{what} memory that is read under another name", where=where, do=do)
+
+
+def _shares(node: fx.Node) -> Any:
+    """The operand whose memory a result shares (a view of it, a part of several); None for a tensor of its own."""
+    if node.target is operator.getitem:
+        return node.args[0]
+    if node.target in CASTS and node.meta["val"].dtype != node.args[0].meta["val"].dtype:  # type: ignore[union-attr]
+        return None
+    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+    return node.args[0] if any(r.alias_info and not r.alias_info.is_write for r in returns) else None
 
 
 def _like(node: fx.Node) -> fx.Node:

@@ -121,6 +121,12 @@ def test_graph_module_and_exported_program():
     assert torch.equal(capture(program.module(check_guards=False)).gm.eval()(y)[0], model(y))
     with pytest.raises(CaptureError, match="torch.export"):
         capture(torch.fx.symbolic_trace(model))
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for p in capture(program).gm.parameters():
+            p.add_(1)
+    for state in (model.state_dict(), program.state_dict):
+        assert all(torch.equal(v, before[k]) for k, v in state.items())
 
 
 class Branches(nn.Module):
@@ -148,6 +154,89 @@ def test_what_cannot_be_captured_is_named():
         capture(Odd(), example=(torch.randn(3, 8),))
     with pytest.raises(CaptureError, match="int"):
         capture(3)
+
+
+class Written(nn.Module):
+    def __init__(self, write) -> None:
+        super().__init__()
+        self.inner, self.write = nn.Linear(8, 8), write
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.write(self, self.inner(x))
+
+
+def first_column(_, h):
+    h[:, 0] = 0
+    return h
+
+
+def through_a_view(_, h):
+    h.view(-1).relu_()
+    return h
+
+
+def view_from_before(_, h):
+    view = h.view(-1)
+    h.add_(1)
+    return view
+
+
+def count_calls(self, h):
+    self.calls += 1
+    return h * self.calls
+
+
+@pytest.mark.parametrize("write", [first_column, through_a_view, view_from_before, count_calls])
+def test_writes_that_are_seen_elsewhere_are_refused(write):
+    """A graph without in-place ops would leave them out and say nothing."""
+    with pytest.raises(CaptureError, match=r"writes in place into .*\[at forward/"):
+        capture(Written(write), example=(torch.randn(3, 8),))
+
+
+def into_a_copy(_, h):
+    copy = h.clone()
+    copy.add_(1)
+    return h + copy
+
+
+def in_place(_, h):
+    h.mul_(2)
+    view = h.view(-1)
+    view.add_(1)
+    return view.relu_()
+
+
+@pytest.mark.parametrize("write", [into_a_copy, in_place])
+def test_other_writes_in_place_are_understood(write):
+    model, x = Written(write).eval(), torch.randn(5, 8)
+    assert torch.equal(capture(model, example=(torch.randn(3, 8),)).gm.eval()(x)[0], model(x))
+
+
+def test_dropout_of_whole_features():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout1d(0.5)).train()
+    x = torch.randn(6, 4, 8)
+    captured = capture(model, example=(x,)).gm.train()
+    torch.manual_seed(1)
+    want = model(x)
+    torch.manual_seed(1)
+    assert torch.equal(captured(x)[0], want)
+    assert torch.equal(captured.eval()(x)[0], model.eval()(x))
+
+
+class Nested(nn.Module):
+    def __init__(self, of) -> None:
+        super().__init__()
+        self.inner, self.of = nn.Linear(8, 8), of
+
+    def forward(self, x: torch.Tensor):
+        return self.of(self.inner(x))
+
+
+@pytest.mark.parametrize("of", [lambda h: {"a": (h, h + 1), "b": h + 2}, lambda h: (h, [h + 1])])
+def test_outputs_within_outputs_are_refused(of):
+    with pytest.raises(CaptureError, match="output ('a'|1) of the model is a (tuple|list)"):
+        capture(Nested(of), example=(torch.randn(3, 8),))
 
 
 def test_dropout_keeps_its_own_p():

@@ -208,6 +208,35 @@ def test_an_example_of_one_row_leaves_the_batch_free() -> None:
     assert student(**batch(rows=5, length=13)).logits.shape == (5, 2)
 
 
+class Flat(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.reshape(x.shape[0], -1))
+
+
+def test_sizes_of_other_modules() -> None:
+    """The batch stays free after an example of one row; a size that the capture fixed is named."""
+    model = Flat()
+    student = kq.prepare_qat(model, "W8E8A8", fuel=0, example=(torch.randn(1, 3, 4),))
+    x = torch.randn(5, 3, 4)
+    assert torch.equal(student.eval()(x), model(x))
+    fixed = kq.prepare_qat(torch.export.export(model, (x,)), "W8E8A8", fuel=0)
+    for bad in (torch.randn(2, 3, 4), x[0]):
+        with pytest.raises(InputError, match=r"x has shape .*, captured was \(5, 3, 4\)"):
+            fixed(bad)
+
+
+def test_the_config_is_a_copy() -> None:
+    """The Trainer writes into it (use_cache, special tokens)."""
+    model = tiny("bert")
+    student = kq.prepare_qat(model, "W8E8A8", fuel=0)
+    student.config.pad_token_id = 7
+    assert model.config.pad_token_id == 0
+
+
 def test_position_ids_as_an_input() -> None:
     example = {**batch(), "position_ids": torch.arange(9)[None]}
     model = tiny("bert").eval()
