@@ -135,12 +135,16 @@ def export_onnx(qat: QuantModel, path: str | Path, *, target: str = "ort-cpu", p
     from .backends.onnx_checks import checked
     from .backends.onnx_integer import TARGET, export_integer
 
+    passes = tuple(passes)
     if target == TARGET:
         ready = isinstance(qat, QuantModel) and qat.stage == "int"
         model = qat if ready else _derive(qat, [drop_dropout, freeze, lower], passes, stop_after=None, trace=None)
     else:
         ready = isinstance(qat, QuantModel) and qat.stage in ("qdq", "float")
         model = qat if ready else freeze_qat(qat, passes=passes)
+    if ready and passes:
+        what = f"a model of stage {model.stage} is written as it is, pass {passes[0].__name__} would not run"
+        raise ConfigError(what, do="give the qat model, or hand the passes to the verb that made this one")
     write: Any = export_integer if target == TARGET else functools.partial(export, target=target)
     metadata = {"qconfig": json.dumps(model.qconfig.to_dict()), "model_class": model.model_class, "stage": model.stage}
     report = write(
@@ -181,7 +185,9 @@ def _derive(
         if isinstance(qat, QuantModel) and qat.stage == "int":
             raise ConfigError("the model is converted already", do="run it, or give the qat model it was made from")
         found = f"a {qat.stage} model" if isinstance(qat, QuantModel) else f"a {type(qat).__name__}"
-        raise ConfigError(f"this needs a qat model, got {found}", do="call prepare_qat and calibrate first")
+        inside = isinstance(getattr(qat, "student", None), QuantModel)  # a Distiller
+        do = "pass its student: kd.student" if inside else "call prepare_qat and calibrate first"
+        raise ConfigError(f"this needs a qat model, got {found}", do=do)
     unready = [name for name, m in qat.gm.named_modules() if isinstance(m, Lsq) and not bool(m.ready)]
     if unready:
         raise CalibrationError(

@@ -11,7 +11,7 @@ from .errors import ConfigError
 from .model import QuantModel
 from .planning import is_of_sentences, output_shapes
 from .tap_plan import Side, TapPlan
-from .taps import Tap, node_at, shape_of, vocabulary, width_of
+from .taps import Tap, mask_shape, node_at, shape_of, vocabulary, width_of
 
 PADDING = ("exclude", "paper")
 
@@ -35,6 +35,11 @@ def check_options(qat: Any, teacher: Any, weights: dict[str, float], temperature
         raise ConfigError("every weight is 0: there is no loss", do="leave one of hidden, attention, logits above 0")
     if padding not in PADDING:
         raise ConfigError(f"padding={padding!r} is unknown", do=f"use one of {', '.join(PADDING)}")
+    if padding == "exclude" and len(mask_shape(qat.gm)) > 2:
+        what = "padding cannot be told apart: attention_mask was captured as a ready mask, not as (batch, length)"
+        raise ConfigError(
+            what, where="attention_mask", do="capture it with a mask of zeros and ones, or padding='paper'"
+        )
 
 
 def check_plan(qat: QuantModel, teacher: QuantModel, plan: TapPlan) -> None:

@@ -11,8 +11,8 @@ from typing import TextIO
 
 from torch import fx
 
-from .errors import ConfigError, PassError
-from .graph import assign_sites, mark_plumbing, text
+from .errors import ConfigError, PassError, VerifyError
+from .graph import assign_sites, mark_plumbing, output_args, text
 from .op import op_of
 from .shapes import check_kept, infer_types
 from .verify import STAGES, verify
@@ -144,13 +144,20 @@ def _run_one(gm: fx.GraphModule, step: Pass, trace: Trace | None, *, own: bool) 
 
 def _run_own(gm: fx.GraphModule, step: Pass) -> None:
     """A user's pass: what it raises is said to be its, its new nodes get types, and all others keep their shapes."""
-    before = infer_types(gm)
+    before, outputs = infer_types(gm), len(output_args(gm.graph))
     try:
         step(gm)
         _clean_up(gm)
     except Exception as error:
         what = f"pass {step.__name__} failed with {type(error).__name__}: {error}"
         raise PassError(what, do="correct the pass; nothing of yours was changed") from error
+    found = len(output_args(gm.graph))
+    if found != outputs:
+        what, do = (
+            f"the graph returned {outputs} values, it returns {found} now",
+            f"pass {step.__name__} must keep them",
+        )
+        raise VerifyError(what, where="output", do=do)
     for node in gm.graph.nodes:
         if op_of(node) is None and node.op.startswith("call_"):
             return  # the verifier names it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -106,14 +106,26 @@ def shape_of(node: fx.Node) -> tuple[int | None, ...]:
 
 
 def token_axes(gm: fx.GraphModule, node: fx.Node) -> tuple[int, ...]:
-    """The dimensions of a value (behind the batch) that run over the tokens of the input."""
+    """The dimensions of a value (behind the batch) that run over the tokens of the input.
+
+    ConfigError in a graph of fixed sizes where another dimension is as long as a text by chance.
+    """
+    mask = mask_shape(gm)
+    value = node.meta.get("val")
+    if len(mask) != 2 or not isinstance(value, torch.Tensor):
+        return ()
+    axes = tuple(i for i, s in enumerate(value.shape) if i > 0 and str(s) == str(mask[1]))
+    if isinstance(mask[1], int) and len(axes) > max(value.dim() - 2, 1):
+        what = f"texts have {mask[1]} tokens in this graph, and so have other dimensions of {tuple(value.shape)}"
+        raise ConfigError(what, where=site_of(node), do="export it with a dynamic length, or at another one")
+    return axes
+
+
+def mask_shape(gm: fx.GraphModule) -> tuple[Any, ...]:
+    """Sizes of the input ``attention_mask``; () where there is none."""
     mask = next((n for n in gm.graph.find_nodes(op="placeholder") if str(n.target) == "attention_mask"), None)
-    if mask is None or not isinstance(mask.meta.get("val"), torch.Tensor) or mask.meta["val"].dim() != 2:
-        return ()
-    length, value = str(mask.meta["val"].shape[1]), node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return ()
-    return tuple(i for i, s in enumerate(value.shape) if i > 0 and str(s) == length)
+    value = None if mask is None else mask.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
 def width_of(gm: fx.GraphModule, node: fx.Node) -> int:

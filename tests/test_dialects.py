@@ -23,8 +23,9 @@ from kdlsq_fx.backends.onnx import export
 from kdlsq_fx.backends.onnx_dialects import DIALECTS
 from kdlsq_fx.backends.onnx_runtime import run_onnx
 from kdlsq_fx.calibration import calibrate
-from kdlsq_fx.errors import LoweringError
+from kdlsq_fx.errors import ConfigError, LoweringError
 from kdlsq_fx.ops.qdq import dequantize, quantize
+from kdlsq_fx.pipeline import graph_pass
 from kdlsq_fx.qconfig import QConfig, QSpec, Rule, preset
 
 torch.set_num_threads(1)
@@ -219,6 +220,17 @@ def test_the_summary_of_an_export(tmp_path: Path) -> None:
     assert rows["embedding", "int8"].count == 2
     assert rows["layer_norm", "float"].why and rows["gelu", "float"].count == 2
     assert "17 of 17 quantized matrix products in int8 kernels" in str(report)
+
+
+def test_passes_that_would_not_run_are_refused(tmp_path: Path) -> None:
+    @graph_pass("qdq")
+    def look(gm: torch.fx.GraphModule) -> None:
+        """x -> x"""
+
+    qat, _ = model_with("W8E8A8")
+    with pytest.raises(ConfigError, match="stage qdq is written as it is, pass look would not run"):
+        export_onnx(freeze_qat(qat), tmp_path / "q.onnx", passes=[look])
+    assert not (tmp_path / "q.onnx").exists()
 
 
 def test_the_summary_of_a_conversion() -> None:

@@ -235,6 +235,8 @@ def test_convert_takes_the_student_after_distillation() -> None:
     kq.calibrate(qat, [data])
     kd = distill(qat, model)
     kd(**data).loss.backward()
+    with pytest.raises(ConfigError, match=r"got a Distiller\n.*kd\.student"):
+        kq.convert(kd)
     frozen = kq.freeze_qat(kd.student)
     torch.testing.assert_close(frozen(**data).logits, kd.eval()(**data).logits, rtol=0, atol=0)
 
@@ -370,6 +372,24 @@ def test_a_plain_module_learns_from_another() -> None:
     assert set(out.parts) == {"hidden", "logits"} and torch.isfinite(out.loss)
     with pytest.raises(ConfigError, match="attention taps"):
         distill(qat, net(1, 0))
+
+
+def test_padding_that_cannot_be_told_apart_is_refused() -> None:
+    """A ready mask says nothing of queries; in a graph of fixed sizes a width may be as long as a text."""
+    model = tiny("bert").eval()
+    model.set_attn_implementation("eager")
+    ready = {"input_ids": batch()["input_ids"], "attention_mask": torch.zeros(4, 1, 9, 9)}
+    both = [kq.prepare_qat(model, "W8E8A8", fuel=0, example=ready) for _ in range(2)]
+    with pytest.raises(ConfigError, match="captured as a ready mask"):
+        distill(*both)
+    assert distill(*both, padding="paper")(**ready).loss >= 0
+    program = torch.export.export(model, (), batch(4, 32), strict=False)  # 32 features, too
+    with pytest.raises(ConfigError, match=r"32 tokens in this graph.*\(4, 32, 32\)"):
+        distill(kq.prepare_qat(program, "W8E8A8", fuel=0), pair()[3])
+    program = torch.export.export(model, (), batch(4, 12), strict=False)
+    fixed = distill(kq.prepare_qat(program, "W8E8A8", fuel=0), pair()[3]).eval()(**batch(4, 12))
+    free = distill(pair()[2], pair()[3]).eval()(**batch(4, 12))
+    torch.testing.assert_close(fixed.loss, free.loss)
 
 
 def test_mistakes_are_told(tmp_path: Any) -> None:

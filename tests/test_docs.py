@@ -141,6 +141,13 @@ def test_declaring_an_op(forgotten: None, tmp_path: Path) -> None:
     kq.export_onnx(qat, tmp_path / "model.onnx")
 
 
+def test_an_export_compared_site_by_site(capsys: pytest.CaptureFixture[str]) -> None:
+    qat = kq.prepare_qat(tiny("bert").eval(), "W8E8A8")
+    kq.calibrate(qat, [batch()], progress=False)
+    run(blocks("docs/targets.md")[0], {"kq": kq, "qat": qat.eval(), "batch": batch(seed=4)})
+    assert "end to end: off" in capsys.readouterr().out
+
+
 def test_a_plan_as_the_page_makes_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = tiny("bert", hidden_size=48, num_hidden_layers=4).eval()
     qat = kq.prepare_qat(tiny("bert"), "W8E8A8")

@@ -71,6 +71,14 @@ def test_signature_fits_the_schema(op: Op) -> None:
         assert many or len(signature.operands) <= len(tensors)
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_of_an_island_is_exact_in_float64(approximate: str) -> None:
+    x = torch.linspace(-6, 6, 2001, dtype=torch.float64)
+    wanted = torch.nn.functional.gelu(x, approximate=approximate).numpy()
+    found = BY_NAME["gelu"].numpy(x.numpy(), approximate)  # type: ignore[misc]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-15)
+
+
 @pytest.mark.parametrize("op", TABLE, ids=lambda op: op.name)
 def test_numpy_equals_torch(op: Op) -> None:
     assert op.sample is not None and op.numpy is not None

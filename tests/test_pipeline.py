@@ -151,6 +151,17 @@ def test_a_users_pass_that_breaks_shapes_is_stopped_there(broken):
         kq.prepare_qat(tiny("bert"), "W8E8A8", passes=[broken])
 
 
+def test_a_users_pass_that_drops_an_output_is_stopped():
+    @graph_pass("float")
+    def drop(gm):
+        """(a, b) -> a"""
+        (out,) = gm.graph.find_nodes(op="output")
+        out.args = (out.args[0][:1],)
+
+    with pytest.raises(VerifyError, match=r"(?s)returned 2 values, it returns 1 now.*pass drop must keep them"):
+        kq.prepare_qat(tiny("bert", "Model"), "W8E8A8", passes=[drop])
+
+
 def test_the_nodes_of_a_users_pass_get_types():
     gm = kq.prepare_qat(tiny("bert"), "W8E8A8", passes=[halve], stop_after="halve").gm
     made = [n for n in gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor) if n.args[1:] == (0.5,)]

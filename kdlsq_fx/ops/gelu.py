@@ -37,7 +37,7 @@ def numpy_gelu(x: Array, approximate: str = "none") -> Array:
         inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)
         out: Array = 0.5 * x * (1.0 + np.tanh(inner))
     else:
-        out = 0.5 * x * (1.0 + erf(x * np.float32(math.sqrt(0.5))))
+        out = 0.5 * x * (1.0 + erf(x * x.dtype.type(math.sqrt(0.5))))
     return out
 
 
