@@ -83,7 +83,12 @@ class IntModel(QuantModel):
         return columns(("site", "op", "float, because"), [(i.site, i.op, i.reason) for i in self.islands])
 
     def save_pretrained(self, path: str | Path, tokenizer: Any = None, **_: Any) -> Path:
-        """Write the program, its constants, its runner, the configuration and ``kdlsq.json`` (last) into a folder."""
+        """Write the program, its constants, its runner, the configuration and ``kdlsq.json`` (last) into a folder.
+
+        ConfigError where ``stop_after`` kept it from becoming integers."""
+        if self.stage != "int":
+            do = "convert without stop_after; until then the qat model is what can be saved"
+            raise ConfigError(f"the model is still at stage {self.stage}", do=do)
         folder = make_folder(path)
         save_program(self.gm, folder, self.output_names)
         write_atomic(folder / RUNNER.name, lambda name: copyfile(RUNNER, name))

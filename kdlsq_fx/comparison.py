@@ -206,7 +206,8 @@ def _runner(model: Any, exact: bool) -> Run:
     if hasattr(model, "run"):
         run: Run = model.run
         return run
-    raise ConfigError(f"cannot compare a {type(model).__name__}", do="pass a converted model or a GraphModule")
+    do = "pass a converted model or a GraphModule; for an ONNX file backends.onnx_codes.OnnxCodes (docs/targets.md)"
+    raise ConfigError(f"cannot compare a {type(model).__name__}", do=do)
 
 
 def _frozen(model: QuantModel) -> QuantModel:

@@ -45,12 +45,17 @@ def test_a_users_pass_runs_before_the_quantizers():
     assert all(r[2] >= 0 for r in trace.rows) and "insert_quantizers" in str(trace)
 
 
-def test_stop_after_and_wrong_names():
+def test_stop_after_and_wrong_names(tmp_path):
     x = torch.randn(4, 8)
     stopped = kq.prepare_qat(
         Twice(), "W8E8A8", example=(x,), passes=[fold_double_transpose], stop_after="fold_double_transpose"
     )
     assert stopped.stage == "float"
+    qat = kq.prepare_qat(torch.nn.Linear(8, 3), "W8E8A8", example=(x,))
+    kq.calibrate(qat, [(x,)], progress=False)
+    with pytest.raises(ConfigError, match="still at stage qdq"):
+        kq.convert(qat.eval(), stop_after="freeze").save_pretrained(tmp_path / "int")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="no pass of this pipeline"):
         kq.prepare_qat(Twice(), "W8E8A8", example=(x,), stop_after="nonsense")
     with pytest.raises(ConfigError, match="graph_pass"):
