@@ -51,7 +51,7 @@ def test_stop_after_and_wrong_names(tmp_path):
         Twice(), "W8E8A8", example=(x,), passes=[fold_double_transpose], stop_after="fold_double_transpose"
     )
     assert stopped.stage == "float"
-    qat = kq.prepare_qat(torch.nn.Linear(8, 3), "W8E8A8", example=(x,))
+    qat = kq.prepare_qat(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 3)), "W8E8A8", example=(x,))
     kq.calibrate(qat, [(x,)], progress=False)
     with pytest.raises(ConfigError, match="still at stage qdq"):
         kq.convert(qat.eval(), stop_after="freeze").save_pretrained(tmp_path / "int")
