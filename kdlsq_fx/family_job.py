@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from kdlsq_fx import job
 from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.family import WIDTHS, Family, Member, make_family
-from kdlsq_fx.family_search import Tables, best, check_budgets, near, refuse_below, steps_from
+from kdlsq_fx.family_search import Tables, best, check_budgets, near, refuse_below, steps_from, within
 from kdlsq_fx.family_tables import Losses, latency, lower_bound, make_tables, output_distance, stored_bytes
 from kdlsq_fx.files import INFO, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from kdlsq_fx.train import fit
@@ -155,8 +156,9 @@ class Job:
 
     def choose(self, tables: Tables, budgets: Mapping[str, float]) -> tuple[Member, float]:
         """The member whose outputs are nearest to the teacher's on the rows held out, and how near. Asked are the best
-        by the tables, the widest uniform member that keeps the budgets, and whatever was measured before and keeps
-        them; then, ``rounds`` times, the best by tables made around the nearest so far."""
+        by the tables, the best of each two neighbouring widths, the widest uniform member that keeps the budgets, and
+        whatever was measured before and keeps them; then, ``rounds`` times, the best by tables made around the nearest
+        so far."""
         path = self.out / "held_out.json"
         known: dict[str, float] = read_json(path)["members"] if path.exists() else {}
 
@@ -169,7 +171,8 @@ class Job:
 
         plain = [m for m in map(self.family.uniform, self.family.bits) if tables.keeps(m, budgets)]
         before = [m for m in map(member_of, known) if tables.keeps(m, budgets)]
-        winner = nearest([*best(tables, budgets, self.plan.candidates), *plain[-1:], *before])
+        paired = [m for pair in pairwise(self.family.bits) for m in best(within(tables, *pair), budgets)]
+        winner = nearest([*best(tables, budgets, self.plan.candidates), *paired, *plain[-1:], *before])
         for _ in range(self.plan.rounds):
             around, last = self._around(tables, winner), winner
             moves = len(self.family.switches)

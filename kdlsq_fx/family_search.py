@@ -4,8 +4,9 @@ A member's loss is taken to be the loss of its blocks being left out plus what e
 hold what was measured for one change at a time. For each set of blocks that may be left out, one binary variable says
 "this switch has this width"; SciPy's HiGHS solves it exactly. The next best is found by forbidding the best.
 
-Changes are not independent: many together cost more than their sum. So :func:`near` makes tables again around a member
-that was found, of single steps from there, and the same search goes on from it.
+Changes are not independent: many together cost more than their sum, and most where wide and narrow stand side by side.
+So :func:`within` holds the search to a few widths, and :func:`near` makes tables again around a member that was found,
+of single steps from there; the same search goes on from it.
 """
 
 from __future__ import annotations
@@ -92,6 +93,12 @@ def best(tables: Tables, budgets: Mapping[str, float], count: int = 1) -> list[M
         forbidden[winner.left_out].append(tables.chosen(winner))
         open_[winner.left_out] = _solve(tables, budgets, winner.left_out, forbidden[winner.left_out])
     return found
+
+
+def within(tables: Tables, low: int, high: int) -> Tables:
+    """Tables of the members whose widths all lie from ``low`` to ``high``."""
+    bits = np.asarray(tables.bits)
+    return replace(tables, loss=np.where((bits < low) | (bits > high), np.nan, tables.loss))
 
 
 def near(tables: Tables, member: Member, losses: Mapping[tuple[int, int], float]) -> Tables:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.family import Member
-from kdlsq_fx.family_search import Tables, best, near, smallest, steps_from
+from kdlsq_fx.family_search import Tables, best, near, smallest, steps_from, within
 
 
 def tables(seed: int, *, switches: int = 4, widths: tuple[int, ...] = (2, 4, 8), blocks: int = 2) -> Tables:
@@ -59,6 +59,21 @@ def test_the_best_few_are_those_that_enumeration_finds(seed: int, share: float) 
     np.testing.assert_allclose([t.expected(m) for m in found], [loss for loss, _ in want[: len(found)]], atol=1e-9)
     assert all(t.cost("bytes", m) <= budget for m in found)
     assert smallest(t) == pytest.approx(min(sizes))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("pair", [(2, 4), (4, 8)])
+def test_the_best_of_two_widths_is_that_of_enumeration(seed: int, pair: tuple[int, int]) -> None:
+    t = tables(seed)
+    budget = (t.cost("bytes", Member((4,) * 4, ())) + t.cost("bytes", Member((pair[0],) * 4, ()))) / 2
+    kept = [
+        (loss, m)
+        for loss, m in enumerated(t, {"bytes": budget})
+        if all(b in pair for b, there in zip(m.bits, t.there(m.left_out)) if there)
+    ]
+    found = best(within(t, *pair), {"bytes": budget})
+    assert [t.expected(m) for m in found] == pytest.approx([loss for loss, _ in kept[:1]])
+    assert all(b in pair for b, there in zip(found[0].bits, t.there(found[0].left_out)) if there)
 
 
 @pytest.mark.parametrize("seed", range(6))
