@@ -31,7 +31,7 @@ from .watching import progress
 
 BEAM = 3  # sets of blocks that one more block is added to
 KEEP_SECONDS = 20.0
-PRODUCTS = ("matmul", "bmm", "baddbmm")
+PRODUCTS = ("matmul", "bmm")
 
 
 def output_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

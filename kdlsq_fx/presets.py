@@ -91,10 +91,10 @@ def _tables(choice: _Choice, *, all_tables: bool) -> list[Rule]:
 def _products(choice: _Choice) -> list[Rule]:
     rules = [
         _rule("**", op, "weight at W bits, what enters at A bits", weight=choice.weight, act=choice.act)
-        for op in ("linear", "addmm", "conv1d", "conv2d")
+        for op in ("linear", "conv1d")
     ]
     both = "both operands of the product at A bits (Q, K; P, V)"
-    return rules + [_rule("**", op, both, act=choice.act) for op in ("matmul", "bmm", "baddbmm", "einsum")]
+    return rules + [_rule("**", op, both, act=choice.act) for op in ("matmul", "bmm")]
 
 
 def _kdlsq(choice: _Choice) -> tuple[Rule, ...]:
