@@ -100,8 +100,8 @@ def convert(
     """qat -> int: integer matrix products, requantization and look-ups; float islands are listed with their reason.
 
     ``backend``: ``"reference"`` executes the graph in NumPy, ``"torch"`` as the GraphModule it is, ``"native"`` on int8
-    kernels (docs/native.md). All take the model's own arguments and return its own output; they agree bit for bit in
-    all that is integer.
+    kernels (docs/decisions/0015-native.md). All take the model's own arguments and return its own output; they agree
+    bit for bit in all that is integer.
     ``allow_islands``: may ops stay float? None: with the kdlsq placement, which leaves much in float, yes; with the
     integer placement no, and LoweringError lists them.
     Raises CalibrationError before calibration, LoweringError (site and bound) where an accumulator could overflow;
@@ -164,14 +164,21 @@ def from_pretrained(
 
     ``model`` as it was given to ``prepare_qat``, for models that are not Hugging Face's; ``passes`` likewise, where
     there were some (a qat folder names them and holds no code; an int folder needs none).
-    Raises CheckpointError for folders that are absent, damaged, of a later format, or of another graph.
+    Raises CheckpointError for folders that are absent, damaged, of a later format, or of another graph, ConfigError for
+    arguments that the folder has no use for.
     """
-    folder = Path(path)
+    folder, given = Path(path), tuple(passes)
     if read_info(folder).get("stage") == "int":
         from .backends import load_executor
 
+        if model is not None or given:
+            do = "leave them away, or load the qat folder it was made from"
+            raise ConfigError("an int folder needs no model= and no passes=", where=str(folder), do=do)
         return load_executor(folder, backend)
-    return load_qat(folder, prepare_qat, model, tuple(passes))
+    if backend != "reference":
+        do = "leave backend= away, or load what convert made of it"
+        raise ConfigError("a backend is chosen for an int folder only", where=str(folder), do=do)
+    return load_qat(folder, prepare_qat, model, given)
 
 
 def _leaves_floats(qat: Any) -> bool:

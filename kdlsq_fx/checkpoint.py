@@ -38,7 +38,7 @@ def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
         raise TrainingError(f"{bad.removeprefix('model/')} is not finite", where=f"step {run['step']}, {folder}", do=do)
     write_tensors(folder / name, tensors)
     write_json(folder / RUN, {**run, "format": FORMAT, "state": name})
-    for old in folder.glob("state-*.safetensors"):
+    for old in (*folder.glob("state-*.safetensors"), *folder.glob(".state-*")):  # the latter: killed while written
         if old.name != name:
             old.unlink(missing_ok=True)
 

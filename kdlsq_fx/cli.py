@@ -95,8 +95,8 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def _eval(commands: Any) -> None:
-    p = command(commands, "eval", run_eval, "score a folder (fp32, qat or int) or an ONNX file on a data set")
-    p.add_argument("model", type=Path, help="folder or .onnx file")
+    p = command(commands, "eval", run_eval, "score a model (fp32, qat or int) or an ONNX file on a data set")
+    p.add_argument("model", type=Path, help="folder, .onnx file, or hub name")
     cli_data.add_options(p)
     add_device(p)
     p.add_argument("--split", choices=("dev", "train", "test"), default="dev", help="which rows")
@@ -160,7 +160,8 @@ def _demo(commands: Any) -> None:
     text = "distil all-MiniLM-L6-v2 on English text that comes with Python, convert, export, compare, search"
     p = command(commands, "demo", run_demo, text)
     p.add_argument("--qconfig", default="W4E4A8", help="preset of the student")
-    p.add_argument("--out", type=Path, default=Path("demo-out"), help="output folder; a run found in it goes on")
+    text = "output folder; a run found in it goes on (default: demo-out/QCONFIG)"
+    p.add_argument("--out", type=Path, help=text)
     p.add_argument("--steps", type=at_least(1), help="training steps (default: what fits in 10 minutes on 2 cores)")
     p.add_argument("--seed", type=at_least(0), default=42, help="of the order of the texts")
     p.add_argument("--threads", type=at_least(1), help="CPU threads (default: as many as there are cores)")
@@ -169,6 +170,7 @@ def _demo(commands: Any) -> None:
 def run_demo(args: argparse.Namespace) -> int:
     from kdlsq_fx import demo
 
+    args.out = args.out or Path("demo-out") / args.qconfig
     with resumable(args.out):
         return int(demo.main(args) or 0)
 

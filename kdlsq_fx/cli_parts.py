@@ -51,6 +51,13 @@ def not_negative(text: str) -> float:
     return value
 
 
+def probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
+    return value
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """A whole number of ``least`` or more, for argparse."""
 
@@ -114,9 +121,11 @@ def resumable(out: Path) -> Iterator[None]:
 
 
 def find_tokenizer(model: Path) -> Path:
-    """The folder of the model's tokenizer: its own, or one beside it as `train` lays them out."""
+    """Where the tokenizer is: in the model's folder, in one beside it as `train` lays them out, or under a hub name."""
+    if not model.exists() and model.suffix == ".onnx":
+        raise CheckpointError("no such file", where=str(model), do="give what `kdlsq-fx train` wrote")
     if not model.exists():
-        raise CheckpointError("no such folder or file", where=str(model), do="give what `kdlsq-fx train` wrote")
+        return model
     home = model if model.is_dir() else model.parent
     for folder in (home, home / "qat", home.parent / "qat", home.parent / "fp32", home.parent.parent / "fp32"):
         if (folder / "tokenizer.json").is_file() or (folder / "vocab.txt").is_file():

@@ -19,6 +19,7 @@ from kdlsq_fx.cli_parts import (
     command,
     fp32_epochs,
     positive,
+    probability,
     resumable,
     say,
 )
@@ -47,6 +48,7 @@ def add(commands: Any) -> None:
     kg_cli.add_train_options(p)
     p.add_argument("--no-teacher", action="store_true", help="train on the labels alone (plain QAT)")
     cli_cache.add_training(p)
+    p.add_argument("--dropout", type=probability, help="of the student (default: the model's; the teacher has none)")
     p.add_argument("--gold", action="store_true", help="add the labels' own loss to the distillation")
     text = "files or folders whose texts the student also follows its teacher on; their labels are not read"
     p.add_argument("--more", nargs="+", default=[], metavar="DATA", help=text)
@@ -112,10 +114,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _qconfigs(args: argparse.Namespace) -> dict[str, Any]:
-    """The rules by name, a file's by its stem. ConfigError for an unknown one, and where the target cannot hold it."""
+    """The rules by name, a file's by its stem. ConfigError for an unknown one, two of one name, and where the target
+    cannot hold it."""
     from kdlsq_fx.qconfig import resolve
 
-    chosen = {Path(name).stem if name.endswith(".json") else name: resolve(name) for name in args.qconfig}
+    names = [Path(name).stem if name.endswith(".json") else name for name in args.qconfig]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        do = "give each once, and JSON files names of their own"
+        raise ConfigError(f"two are called {twice[0]}, the name of their output folder", where="--qconfig", do=do)
+    chosen = {name: resolve(asked) for name, asked in zip(names, args.qconfig)}
     floats = [name for name, qconfig in chosen.items() if qconfig.placement != "integer"]
     if args.target == "integer" and floats:
         do = f"use a preset such as {floats[0]}-int, or another --target"
@@ -133,7 +141,8 @@ def _learning(args: argparse.Namespace, dataset: Any, tokenizer: Any, *, names: 
     settings = job.Settings(
         epochs=args.epochs, lr=args.lr, batch_size=args.batch_size, seed=args.seed, precision=args.precision
     )
-    recipe = job.Recipe(settings=settings, gold=args.gold, **cli_cache.recipe_of(args, tokenizer))
+    learning = cli_cache.recipe_of(args, tokenizer)
+    recipe = job.Recipe(settings=settings, gold=args.gold, dropout=args.dropout, **learning)
     learned = job.with_texts(dataset, args.more, tokenizer, recipe) if args.more else dataset
     for name in dict.fromkeys(names):
         check_fits(opening.load_config(name), learned)

@@ -192,7 +192,7 @@ def belongs_to(folder: Path, options: Mapping[str, Any], name: str = "settings.j
     mine = json.loads(json.dumps(options))  # tuples become lists, as they do in the file
     path = folder / name
     theirs = read_json(path) if path.is_file() else mine
-    changed = [key for key, value in mine.items() if theirs.get(key) != value]
+    changed = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
     if changed:
         do = "give the same options, or another folder with --out"
         raise ConfigError(f"the folder holds a run with another {', '.join(changed)}", where=str(folder), do=do)

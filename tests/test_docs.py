@@ -57,6 +57,14 @@ def test_readme(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_pages_that_are_named_are_there() -> None:
+    files = [p for name in ("kdlsq_fx", "passes", "backends", "docs") for p in (ROOT / name).rglob("*.*")]
+    named = {m for p in files if p.suffix in (".py", ".md") for m in re.findall(r"\bdocs/[\w/-]+\.\w+", p.read_text())}
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(named) > 5 and len(links) > 5
+    assert not [name for name in {*named, *links} if not (ROOT / name).exists()]
+
+
 def test_the_rule_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (rule,) = re.findall(r"`(kq\.preset\([^`]*\))`", text)

@@ -158,10 +158,11 @@ def test_bad_configs():
     )
     with pytest.raises(ConfigError, match="differently"):
         kq.prepare_qat(model, clash)
-    with torch.no_grad():
-        model.bert.encoder.layer[1].output.dense.weight[3, 3] = float("nan")
-    with pytest.raises(CalibrationError, match=r"layer\.1\.output\.dense\.weight"):
-        kq.prepare_qat(model, "W8E8A8")
+    for broken in ("nan", "inf", "-inf"):
+        with torch.no_grad():
+            model.bert.encoder.layer[1].output.dense.weight[3, 3] = float(broken)
+        with pytest.raises(CalibrationError, match=r"layer\.1\.output\.dense\.weight"):
+            kq.prepare_qat(model, "W8E8A8")
 
 
 def test_uncalibrated_models_say_so():

@@ -194,6 +194,17 @@ def test_only_graphs_of_declared_functions_can_be_written(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+def test_arguments_a_folder_has_no_use_for(folder: Path, tmp_path: Path) -> None:
+    calibrated("W8E8A8").save_pretrained(tmp_path)
+    for path, options, says in (
+        (folder, {"model": torch.nn.Identity()}, "no model= and no passes="),
+        (folder, {"passes": [print]}, "no model= and no passes="),
+        (tmp_path, {"backend": "native"}, "for an int folder only"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            from_pretrained(path, **options)
+
+
 def test_unknown_backend(folder: Path) -> None:
     with pytest.raises(ConfigError, match="reference, torch"):
         from_pretrained(folder, backend="fpga")

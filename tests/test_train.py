@@ -215,7 +215,9 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     model.register_buffer("mask", torch.full((2,), float("-inf")))  # no weight, and meant so
     optimizer = torch.optim.AdamW(model.parameters())
+    (tmp_path / ".state-1.safetensors.x").write_text("of a save that was killed")
     checkpoint.save(tmp_path, model, optimizer, {"step": 1, "done": False})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.json", "state-1.safetensors"]
     with torch.no_grad():
         model.bias[0] = float("inf")
     with pytest.raises(TrainingError, match="bias is not finite"):
