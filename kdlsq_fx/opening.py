@@ -104,7 +104,7 @@ def load_config(source: str) -> Any:
 
 
 def check_teacher(source: str, task: Task) -> None:
-    """ConfigError for a model that was never fine-tuned for the task: its head would be random. Or for other classes."""
+    """ConfigError for a model that was never fine-tuned for the task (a random head), or has other classes."""
     if not fits_task(source, task):
         do = "fine-tune one first: kdlsq-fx train leaves it in OUT/fp32"
         raise ConfigError(f"the teacher is no model of {task.name}", where=source, do=do)
