@@ -16,9 +16,9 @@ import torch
 from .. import run_int
 from ..capture import Captured
 from ..errors import CheckpointError, ConfigError
-from ..files import FORMAT, INFO, make_folder, read_json, write_atomic, write_json
+from ..files import FORMAT, INFO, checksum, make_folder, read_json, write_atomic, write_json
 from ..model import QuantModel
-from ..program import load_program, save_program
+from ..program import PROGRAM, load_program, save_program
 from ..qconfig import QConfig
 from ..range_analysis import Ranges, analyse_ranges
 from ..report import columns
@@ -110,6 +110,7 @@ class IntModel(QuantModel):
             "limits": list(self._limits),
             "versions": versions(),
             "qconfig": self.qconfig.to_dict(),
+            "program": checksum(folder / PROGRAM),
         }
         write_json(folder / INFO, info)
         return folder
@@ -128,6 +129,9 @@ def load_executor(folder: Path, backend: str) -> IntModel:
     """An int folder as an IntModel. CheckpointError for files that are absent, damaged or of a later format."""
     info = read_json(folder / INFO)
     gm = load_program(folder)
+    if info.get("program") != checksum(folder / PROGRAM):  # a save over another model that was stopped
+        do = "save the model again; what stands there is half of one and half of another"
+        raise CheckpointError(f"{INFO} belongs to another {PROGRAM}", where=str(folder), do=do)
     try:
         output = _output_type(info["output_type"])
         captured = Captured(gm, tuple(info["inputs"]), tuple(info["outputs"]), output, {})

@@ -42,6 +42,8 @@ install_torch() {
     "$bin/python" -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$TORCH')" >/dev/null 2>&1 && return
     say "installing torch $TORCH"
     pip_install "torch==$TORCH+cpu" >/dev/null 2>&1 && return
+    pip_install --retries 1 --timeout 15 --extra-index-url https://download.pytorch.org/whl/cpu "torch==$TORCH+cpu" \
+        >/dev/null 2>&1 && return
     pip_install "torch==$TORCH"
 }
 

@@ -114,6 +114,15 @@ def test_constants_of_another_program(copied: Path, tmp_path: Path) -> None:
         load_program(copied)
 
 
+def test_a_save_over_another_model_that_was_stopped(copied: Path, tmp_path: Path) -> None:
+    converted("W8E8A8-int").save_pretrained(tmp_path / "other")
+    for name in (WEIGHTS, PROGRAM):  # written before kdlsq.json
+        (copied / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    assert load_program(copied)
+    with pytest.raises(CheckpointError, match=r"(?s)kdlsq.json belongs to another.*save the model again"):
+        from_pretrained(copied)
+
+
 @pytest.mark.parametrize("version, do", [(99, "upgrade"), (2, "convert the model again"), (None, "")])
 def test_another_format(copied: Path, version: Any, do: str) -> None:
     edit(copied, lambda p: p.update(format=version))
