@@ -192,11 +192,23 @@ def belongs_to(folder: Path, options: Mapping[str, Any], name: str = "settings.j
     mine = json.loads(json.dumps(options))  # tuples become lists, as they do in the file
     path = folder / name
     theirs = read_json(path) if path.is_file() else mine
-    changed = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
-    if changed:
+    if changed := differences(theirs, {**dict.fromkeys(theirs), **mine}):
         do = "give the same options, or another folder with --out"
         raise ConfigError(f"the folder holds a run with another {', '.join(changed)}", where=str(folder), do=do)
     write_json(path, mine)
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys of ``here`` with another value ``there``, those inside objects dotted; with both values where short."""
+    found = []
+    for key, value in here.items():
+        old, name = there.get(key), f"{prefix}{key}"
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            found += differences(old, {**dict.fromkeys(old), **value}, f"{name}.")
+        elif old != value:
+            values = f"{old!r} there, {value!r} here"
+            found.append(f"{name} ({values})" if len(values) <= 60 else name)
+    return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, packed: bool = False) -> None:

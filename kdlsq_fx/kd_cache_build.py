@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .data import Encoded
 from .distillation import Distiller
 from .errors import CheckpointError, ConfigError, InputError
-from .files import FORMAT, checksum, make_folder, read_json, write_atomic, write_json
+from .files import FORMAT, checksum, differences, make_folder, read_json, write_atomic, write_json
 from .kd_cache import INDEX, Cache, token_hash, tokenizer_hash
 from .kd_fields import STORES, Array, Field, encode, fields_of, kept_tokens
 from .kd_targets import Teacher, Wanted
@@ -113,8 +113,7 @@ def _finished(folder: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
     if not (folder / INDEX).is_file():
         return []
     before = read_json(folder / INDEX)
-    changed = [k for k, v in index.items() if before.get(k) != v]
-    if changed:
+    if changed := differences(before, index):
         what = f"the folder holds a cache with another {', '.join(changed)}"
         raise CheckpointError(what, where=str(folder), do="give another folder, or remove this one")
     whole: list[dict[str, Any]] = []

@@ -326,7 +326,10 @@ def resolve(qconfig: str | Path | QConfig | Rule | Sequence[Rule]) -> QConfig:
             text = Path(qconfig).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the qconfig file {str(qconfig)!r}: {error}", do="check the path") from error
-        return QConfig.from_json(text)
+        try:
+            return QConfig.from_json(text)
+        except ConfigError as error:
+            raise error.at(f"{qconfig}: {error.where}" if error.where else str(qconfig)) from None
     if isinstance(qconfig, str):
         return preset(qconfig)
     if isinstance(qconfig, (tuple, list)):

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kdlsq_fx import checkpoint, processes
 from kdlsq_fx.devices import Pending, moved
 from kdlsq_fx.errors import ConfigError, TrainingError
+from kdlsq_fx.files import differences
 from kdlsq_fx.watching import Interrupted, Log, Stop, progress
 
 __all__ = ["Fit", "Interrupted", "Source", "fit", "plain_groups", "schedule"]
@@ -297,8 +298,7 @@ def _start(
     run = checkpoint.read_run(folder) if resume else None
     if run is None:
         return {"step": 0, "seconds": 0.0, "done": False, "recent": [], "recipe": vars(recipe)}
-    changed = [k for k, v in vars(recipe).items() if run["recipe"].get(k) != v]
-    if changed:
+    if changed := differences(run["recipe"], vars(recipe)):
         do = "give the same settings, another output folder, or start anew with resume=False"
         raise TrainingError(f"a run with another {', '.join(changed)} is in the folder", where=str(folder), do=do)
     checkpoint.restore(folder, run, model, optimizer)

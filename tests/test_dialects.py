@@ -220,6 +220,7 @@ def test_the_summary_of_an_export(tmp_path: Path) -> None:
     assert rows["embedding", "int8"].count == 2
     assert rows["layer_norm", "float"].why and rows["gelu", "float"].count == 2
     assert "17 of 17 quantized matrix products in int8 kernels" in str(report)
+    assert "kernels not counted: no runtime was asked" in str(export_onnx(qat, tmp_path / "spec.onnx", target="spec"))
 
 
 def test_passes_that_would_not_run_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -194,6 +195,14 @@ def test_resolve(tmp_path):
     for bad in (tmp_path / "none.json", 3, None, ["W2E2A8"], tmp_path):
         with pytest.raises(ConfigError):
             resolve(bad)
+
+
+@pytest.mark.parametrize("text, place", [("{", ""), ('{"rules": [{"sit": "**"}]}', ": rules[0]")])
+def test_a_fault_in_a_file_names_the_file(tmp_path, text, place):
+    path = tmp_path / "q.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(f"[at {path}{place}]")):
+        resolve(path)
 
 
 def test_an_open_quantizer_is_that_of_the_rules_behind():
