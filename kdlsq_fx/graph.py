@@ -28,8 +28,8 @@ def op_label(node: fx.Node) -> str:
 
 def module_path(node: fx.Node) -> str:
     """Dotted path of the innermost module whose forward made the node ("" for the root)."""
-    if "path" in node.meta:
-        return str(node.meta["path"])
+    if (path := node.meta.get("path")) is not None:
+        return str(path)
     stack = list(node.meta.get("nn_module_stack", {}).values())
     path = str(stack[-1][0]) if stack else ""
     return re.sub(r"@\d+", "", path) if not path.startswith("_empty") else ""

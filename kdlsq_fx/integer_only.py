@@ -53,6 +53,8 @@ def islands_left(gm: fx.GraphModule, *, inputs: bool) -> list[Island]:
         if site_of(node) not in listed and (inputs or node.op != "placeholder"):
             op = op_of(node)
             why = "positions or masks are made with floats" if op else "it comes in as floats"
+            if op and op.name == "dequantize":
+                why = "what reads it stays float"
             found.append(Island(site_of(node), op.name if op else node.op, why))
     return found
 

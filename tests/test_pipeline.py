@@ -10,7 +10,7 @@ from torch import nn
 import kdlsq_fx as kq
 from kdlsq_fx.capture import capture
 from kdlsq_fx.errors import ConfigError, PassError, VerifyError
-from kdlsq_fx.graph import sited
+from kdlsq_fx.graph import module_path, sited
 from kdlsq_fx.pipeline import Trace, graph_pass, run_passes
 from kdlsq_fx.verify import verify
 
@@ -172,6 +172,24 @@ def test_the_nodes_of_a_users_pass_get_types():
     made = [n for n in gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor) if n.args[1:] == (0.5,)]
     assert [n.meta["val"].shape[-1] for n in made] == [64, 64]
     assert all(n.meta["val"].dtype == torch.float32 and not n.meta["plumbing"] for n in made)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_where_a_users_pass_says_nothing_of_the_module_its_node_stands_at_the_root(named):
+    """Captured nodes have no meta["path"]: copying it gave None, and quantizers under a module of that name."""
+
+    @graph_pass("float")
+    def relu_for_gelu(gm):
+        """gelu(x) -> relu(x)"""
+        for node in gm.graph.find_nodes(op="call_function", target=aten.gelu.default):
+            with gm.graph.inserting_before(node):
+                new = gm.graph.call_function(aten.relu.default, (node.args[0],))
+            new.meta["path"] = module_path(node) if named else node.meta.get("path")
+            node.replace_all_uses_with(new)
+
+    sites = sited(kq.prepare_qat(tiny("bert", "Model"), "W8E8A8-int", passes=[relu_for_gelu]).gm.graph)
+    place = "encoder.layer.0.intermediate.intermediate_act_fn/relu" if named else "relu"
+    assert {place, f"{place}/q"} <= set(sites)
 
 
 @pytest.mark.parametrize("preset", ["W4E4A8", "W8E8A8-int"])
