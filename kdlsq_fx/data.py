@@ -244,7 +244,7 @@ def held_out(dataset: Dataset, rows: int, *, seed: int, limit: int | None = None
     train = dataset.train
     if not isinstance(train, Encoded) or len(train) < 2 * rows:
         what = f"{rows} rows cannot be held out of {len(train)} rows of train"
-        raise InputError(what, where=dataset.task.name, do="hold out fewer rows, or bring more")
+        raise InputError(what, where=dataset.task.name, do=f"--held-out {len(train) // 2} or fewer, or more rows")
     order = np.random.default_rng(seed).permutation(len(train))
     kept = order[rows:] if limit is None else order[rows : rows + limit]
     return replace(dataset, train=train.pick(kept)), train.pick(order[:rows])
