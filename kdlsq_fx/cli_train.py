@@ -76,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
         fp32 = replace(
             recipe.settings, epochs=fp32_epochs(args, source, dataset.task), lr=args.fp32_lr, warmup=0.1, clip=1.0
         )
+        for name, qconfig in chosen.items():
+            if not (args.out / name / "qat").is_dir():
+                _rehearse(source, dataset, qconfig, args.target)
         data_hashes = [dataset.train.fingerprint, dataset.dev.fingerprint]
         belongs_to(args.out, {"model": source, "data": data_hashes, "fp32": vars(fp32)})
         for name, qconfig in chosen.items():
@@ -111,6 +114,31 @@ def run(args: argparse.Namespace) -> int:
     write_text(args.out / "table.json", job.rows_json(dataset, rows))
     say(f"written to {args.out}/table.md and table.json")
     return 0
+
+
+def _rehearse(source: str, dataset: Any, qconfig: Any, target: str) -> None:
+    """Converts and exports the model as it is, on one batch's scales, where that can be refused: floats left in an
+    integer model, codes that a target has no type for. LoweringError then, before anything is trained."""
+    if qconfig.placement != "integer" and target == "ort-cpu":
+        return
+    import tempfile
+    import warnings
+
+    from kdlsq_fx import opening
+    from kdlsq_fx.api import convert, export_onnx, prepare_qat
+    from kdlsq_fx.calibration import calibrate
+    from kdlsq_fx.errors import LoweringError
+
+    qat = prepare_qat(opening.load_task_model(source, dataset.task, seed=0).eval(), qconfig)
+    calibrate(qat, dataset.train.sample(1, batch_size=2, seed=0), progress=False)
+    try:
+        convert(qat)
+    except LoweringError as e:
+        do = "use a preset without -int (docs/support.md: which families run on integers alone), or rules for these ops"
+        raise LoweringError(e.what, where=e.where, do=do) from None
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said again when the trained model is exported
+        export_onnx(qat, Path(folder) / "model.onnx", target=target)
 
 
 def _qconfigs(args: argparse.Namespace) -> dict[str, Any]:

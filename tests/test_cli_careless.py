@@ -15,7 +15,8 @@ from threading import Thread
 
 import pytest
 import torch
-from tiny_glue import bert, tokenizer, write_model, write_sst
+from families import tiny
+from tiny_glue import WORDS, bert, tokenizer, write_model, write_sst
 
 import kdlsq_fx as kq
 from kdlsq_fx import cli_parts, hub, job, opening
@@ -45,6 +46,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (at / "csv").mkdir()
     (at / "csv" / "train.csv").write_text("sentence,label\ngood,1\nbad,0\n")
     (at / "empty").mkdir()
+    tiny("modernbert", vocab_size=len(WORDS) + 5).save_pretrained(at / "modern")
+    tokenizer().save_pretrained(at / "modern")
     for name in ("a", "b"):
         (at / name).mkdir()
         (at / name / "mine.json").write_text(kq.preset("W8E8A8").to_json())
@@ -104,6 +107,12 @@ TRAIN = ["train", "--out", "o", "--data", "sst2", "--model", "enc"]
         ([*TRAIN, "--more", "nosuch.tsv"], "cannot be read", "check that"),
         ([*TRAIN, "--fp32-epochs", "0"], "enc has no head of sst2 yet", "leave it away"),
         ([*TRAIN, "--qconfig", "a/mine.json", "b/mine.json"], "two are called mine", "names of their own"),
+        (
+            [*TRAIN[:-1], "modern", "--qconfig", "W8E8A8-int"],
+            "ops stay in floats, and this qconfig promises integers only",
+            "use a preset without -int",
+        ),
+        ([*TRAIN, "--target", "tensorrt"], "codes 0 to 255", "signed=True"),
         ([*TRAIN, "--data", "one"], "all 2 rows are of one class, '1'", "rows of another class"),
         ([*TRAIN, "--out", "notes.txt/x"], "cannot write to notes.txt/x", "another folder"),
     ],
