@@ -40,9 +40,14 @@ def run_bench(args: argparse.Namespace) -> int:
     if missing:
         raise CheckpointError("no such folder or file", where=missing[0], do="give what train or export wrote")
     source = args.fp32 or find_float(Path(args.model[0]))
+    vocab, positions = limits_of(source)
+    long = [s for s in shapes if 0 < positions < Shape.parse(s).length]
+    if long:
+        what = f"the model has {positions} positions, {long[0]} has more tokens"
+        raise ConfigError(what, where="--shapes", do=f"give shapes such as 1x{positions}")
     with tempfile.TemporaryDirectory() as folder:
         models = {**baselines(source, Path(folder)), **{m: m for m in args.model}}
-        results = alternate(models, shapes, vocab=vocab_of(source), args=args)
+        results = alternate(models, shapes, vocab=vocab, args=args)
     print(table(results, shapes, base=next(iter(models))))
     return 0
 
@@ -72,15 +77,17 @@ def baselines(source: str, folder: Path) -> dict[str, str]:
     return {"fp32, ONNX Runtime": str(file), "fp32, PyTorch": source}
 
 
-def vocab_of(source: str) -> int:
-    """How many ids the float model knows; 1000 where a file does not say."""
+def limits_of(source: str) -> tuple[int, int]:
+    """How many ids the float model knows, and its positions; 1000 and 0 where a file does not say."""
     if source.endswith(".onnx"):
-        return 1000
+        return 1000, 0
     from transformers import AutoConfig
 
+    from .limits import configured_limits
     from .opening import model_source
 
-    return int(getattr(AutoConfig.from_pretrained(model_source(source)), "vocab_size", 1000))
+    vocab, positions = configured_limits(AutoConfig.from_pretrained(model_source(source)))
+    return vocab or 1000, positions
 
 
 def alternate(

@@ -46,7 +46,9 @@ def _check_float_model(folder: Path) -> None:
     do = f"give {inside[0]}" if inside else "give the folder of a Hugging Face model"
     if stage := stage_of(folder):
         do = "give the float model that it was made from: `train` leaves it in OUT/fp32 where it fine-tuned it"
-        raise ConfigError(f"the folder holds a {stage} model, this needs a float one", where=str(folder), do=do)
+        raise ConfigError(
+            f"the folder holds a model of stage {stage}, this needs a float one", where=str(folder), do=do
+        )
     if not (folder / "config.json").is_file():
         raise ConfigError("no model there: the folder has no config.json", where=str(folder), do=do)
 
