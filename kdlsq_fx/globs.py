@@ -21,6 +21,11 @@ def site_matches(glob: str, site: str) -> bool:
     return _site_pattern(glob).fullmatch(site.replace(".", "/") + "/") is not None
 
 
+def stars_within(glob: str) -> str:
+    """The first component that holds ``**`` and more, where it is no more than ``*``; "" for none."""
+    return next((part for part in re.split(r"[./]", glob) if "**" in part and part != "**"), "")
+
+
 @lru_cache(maxsize=4096)
 def _site_pattern(glob: str) -> re.Pattern[str]:
     """One regex over the site's components, each closed by a slash."""

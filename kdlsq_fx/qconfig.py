@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from kdlsq_fx.errors import ConfigError
-from kdlsq_fx.globs import name_matches, site_matches
+from kdlsq_fx.globs import name_matches, site_matches, stars_within
 
 DEFAULT_QUANTIZER = "kdlsq"
 QUANTIZER_NAMES = ("kdlsq", "lsq", "lsq+", "minmax", "ema", "twn")
@@ -237,7 +237,9 @@ class QConfig:
             what = f"rule (site={rule.site!r}, op={rule.op!r}) matches nothing"
             if not same_op:
                 what += f"; no op {rule.op!r} here, ops are {sorted({op for _, op in pairs})}"
-            raise ConfigError(what, do="correct the rule or drop it; sites near it: " + ", ".join(near))
+            part = stars_within(rule.site)
+            hint = f"** stands for whole components: **.{part.replace('**', '')} in place of {part}; " if part else ""
+            raise ConfigError(what, do=f"{hint}correct the rule or drop it; sites near it: " + ", ".join(near))
 
     def to_dict(self) -> dict[str, Any]:
         known = {**asdict(self), "left_out": list(self.left_out), "rules": [asdict(r) for r in self.rules]}

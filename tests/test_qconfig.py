@@ -299,6 +299,8 @@ def test_rules_without_match_list_the_sites_nearby():
     assert config.idle(SITES) == {wrong: None}
     with pytest.raises(ConfigError, match=r"self\.query/linear"):
         config.check_matches(SITES)
+    with pytest.raises(ConfigError, match=r"\*\*\.query in place of \*\*query"):
+        resolve(Rule(site="**query/linear", act=QSpec(bits=8))).check_matches(SITES)
     with pytest.raises(ConfigError, match="no op 'conv9d' here"):
         resolve(Rule(op="conv9d", act=QSpec(bits=8))).check_matches(SITES)
     preset("W2E2A8").check_matches([])  # a preset's rules may match nothing
