@@ -191,7 +191,7 @@ def test_ctrl_c_loses_nothing(finished: Path, source: Path, corpus: Corpus, tmp_
 
 
 def test_a_folder_of_another_run_is_refused(finished: Path, source: Path, corpus: Corpus) -> None:
-    with pytest.raises(ConfigError, match="another qconfig, steps"):
+    with pytest.raises(ConfigError, match=r"another qconfig .*, steps \(40 there, 3 here\)"):
         demo.run(options(source, finished, qconfig="W8E8A8", steps=3), corpus)
 
 

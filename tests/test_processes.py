@@ -37,11 +37,12 @@ def losses(folder: Path) -> np.ndarray:
 
 
 def close(a: Path, b: Path, name: str, limit: float) -> None:
-    """Each tensor within ``limit`` of its own largest entry."""
+    """Each tensor within ``limit`` of its own largest entry; an offset, which may be 0, of its quantizer's step."""
     one, two = load_file(a / name), load_file(b / name)
     assert one.keys() == two.keys()
     for key, value in one.items():
-        room = limit * max(float(value.double().abs().max()), 1e-3)
+        unit = one[key.removesuffix("offset") + "raw"] if key.endswith("_lsq.offset") else value
+        room = limit * max(float(value.double().abs().max()), float(unit.double().abs().max()), 1e-3)
         assert float((value.double() - two[key].double()).abs().max()) <= room, key
 
 
