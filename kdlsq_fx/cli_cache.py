@@ -65,8 +65,7 @@ def chosen_loss(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
             do = "leave it away, or say with --compress how much is kept, such as 1l_10t_0.1h"
             raise ConfigError("everything of the hidden states is kept", where=f"--{name}", do=do)
         return chosen
-    more = CHOSEN | given
-    compress = Compression.parse(args.compress, separator=tokenizer.sep_token_id, **more)
+    compress = Compression.parse(args.compress, separator=tokenizer.sep_token_id, **given)
     return chosen | {"compress": compress}
 
 

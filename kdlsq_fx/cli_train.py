@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         )
         for name, qconfig in chosen.items():
             if not (args.out / name / "qat").is_dir():
-                _rehearse(source, dataset, qconfig, args.target)
+                _rehearse(source, dataset, qconfig, args.target, skip=kg_cli.skipped(args))
         data_hashes = [dataset.train.fingerprint, dataset.dev.fingerprint]
         belongs_to(args.out, {"model": source, "data": data_hashes, "fp32": vars(fp32)})
         for name, qconfig in chosen.items():
@@ -116,10 +116,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _rehearse(source: str, dataset: Any, qconfig: Any, target: str) -> None:
-    """Converts and exports the model as it is, on one batch's scales, where that can be refused: floats left in an
-    integer model, codes that a target has no type for. LoweringError then, before anything is trained."""
-    if qconfig.placement != "integer" and target == "ort-cpu":
+def _rehearse(source: str, dataset: Any, qconfig: Any, target: str, *, skip: tuple[str, ...]) -> None:
+    """Makes what training would end in (but for rows named in ``skip``) of the model as it is, on one batch's scales,
+    where that can be refused: floats left in an integer model, codes that a target has no type for. LoweringError
+    then, before anything is trained."""
+    integer = qconfig.placement == "integer" and "integer" not in skip
+    file = target != "ort-cpu" and "ONNX" not in skip
+    if not (integer or file):
         return
     import tempfile
     import warnings
@@ -131,14 +134,16 @@ def _rehearse(source: str, dataset: Any, qconfig: Any, target: str) -> None:
 
     qat = prepare_qat(opening.load_task_model(source, dataset.task, seed=0).eval(), qconfig)
     calibrate(qat, dataset.train.sample(1, batch_size=2, seed=0), progress=False)
-    try:
-        convert(qat)
-    except LoweringError as e:
-        do = "use a preset without -int (docs/support.md: which families run on integers alone), or rules for these ops"
-        raise LoweringError(e.what, where=e.where, do=do) from None
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said again when the trained model is exported
-        export_onnx(qat, Path(folder) / "model.onnx", target=target)
+    if integer:
+        try:
+            convert(qat)
+        except LoweringError as e:
+            do = "use a preset without -int (docs/support.md: which families run on integers alone), or rules for them"
+            raise LoweringError(e.what, where=e.where, do=do) from None
+    if file:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said again when the trained model is exported
+            export_onnx(qat, Path(folder) / "model.onnx", target=target)
 
 
 def _qconfigs(args: argparse.Namespace) -> dict[str, Any]:

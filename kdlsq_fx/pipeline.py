@@ -153,11 +153,8 @@ def _run_own(gm: fx.GraphModule, step: Pass) -> None:
         raise PassError(what, do="correct the pass; nothing of yours was changed") from error
     found = len(output_args(gm.graph))
     if found != outputs:
-        what, do = (
-            f"the graph returned {outputs} values, it returns {found} now",
-            f"pass {step.__name__} must keep them",
-        )
-        raise VerifyError(what, where="output", do=do)
+        what = f"the graph returned {outputs} values, it returns {found} now"
+        raise VerifyError(what, where="output", do=f"pass {step.__name__} must keep them")
     for node in gm.graph.nodes:
         if op_of(node) is None and node.op.startswith("call_"):
             return  # the verifier names it

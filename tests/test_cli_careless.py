@@ -19,8 +19,9 @@ from families import tiny
 from tiny_glue import WORDS, bert, tokenizer, write_model, write_sst
 
 import kdlsq_fx as kq
-from kdlsq_fx import cli_parts, hub, job, opening
+from kdlsq_fx import cli_cache, cli_parts, cli_train, hub, job, opening
 from kdlsq_fx.cli import main
+from kdlsq_fx.compression import Compression
 from kdlsq_fx.data import load
 from kdlsq_fx.errors import CheckpointError, ConfigError
 from kdlsq_fx.files import check_file, check_folder
@@ -297,3 +298,14 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ConfigError, match="weights of DistilBertModel are not in the file"):
             opening.open_hub_model(str(folder))
+
+
+def test_only_what_will_be_made_is_rehearsed() -> None:
+    asked = kq.preset("W8E8A8-int")
+    cli_train._rehearse("no model", None, asked, "tensorrt", skip=("integer", "ONNX"))
+    with pytest.raises(AttributeError):  # for want of a data set: there it begins
+        cli_train._rehearse("no model", None, asked, "ort-cpu", skip=("ONNX",))
+
+
+def test_help_tells_the_defaults_of_a_compression() -> None:
+    assert {name: getattr(Compression.parse("1l"), name) for name in cli_cache.CHOSEN} == cli_cache.CHOSEN
