@@ -15,9 +15,11 @@ from torch.utils import _pytree as pytree
 
 from . import ops as _ops  # noqa: F401  (fills the op table)
 from .errors import CaptureError
+from .hushed import hushed
 from .normalize import normalize
 from .verify import verify
 
+CHOICES_DO = "capture the encoder inside it and score every choice as a row of its own: input_ids (batch, length)"
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -118,6 +120,8 @@ def _example_inputs(model: nn.Module, example: Any) -> dict[str, Any]:
             f"{type(model).__name__} does not say what its inputs look like",
             do="pass example=, a dict of keyword arguments or a tuple of positional ones",
         )
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        raise CaptureError(f"{type(model).__name__} takes (batch, choices, length)", do=CHOICES_DO)
     length = min(12, int(getattr(config, "max_position_embeddings", 12) or 12) - 2)
     ids = torch.arange(3 * length).reshape(3, length) * 7 % max(vocab - 3, 1) + min(3, vocab - 1)
     mask = torch.ones_like(ids)
@@ -142,7 +146,9 @@ def _given(names: list[str], example: Any) -> dict[str, Any]:
     given = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in example.items()}
     given = {k: v.float() if _is_float(v) else v for k, v in given.items()}
     ids = given.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+    if isinstance(ids, torch.Tensor) and ids.dim() != 2:
+        raise CaptureError(f"the example's input_ids have shape {tuple(ids.shape)}", do=CHOICES_DO)
+    if not isinstance(ids, torch.Tensor):
         tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor) and v.dim() > 0}
         alone = bool(tensors) and all(v.shape[0] == 1 for v in tensors.values())
         return {**given, **{k: torch.cat([v, v]) for k, v in tensors.items()}} if alone else given
@@ -169,7 +175,7 @@ def _export(model: nn.Module, kwargs: dict[str, Any]) -> torch.export.ExportedPr
         count = value.dim() if strict_dims else min(value.dim(), 2)
         return {i: free if strict and value.shape[i] > 1 else auto for i in range(count)}
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), hushed():
         warnings.simplefilter("ignore")
         try:
             return torch.export.export(

@@ -9,6 +9,7 @@ import argparse
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from kdlsq_fx.errors import ConfigError, KdlsqError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = parser().parse_args(argv)
+    usual = warnings.formatwarning
+    warnings.formatwarning = _warning
     try:
         if args.command != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             do = "run it without torchrun or accelerate launch"
@@ -35,6 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as e:  # train.Interrupted is one, and says what was saved
         print(f"\nkdlsq-fx: {str(e) or 'stopped'}", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = usual
+
+
+def _warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
+    """Ours as one line, without the place in our code; others' with the kind that they are filtered by."""
+    kind = "warning" if category is UserWarning else category.__name__
+    return f"kdlsq-fx: {kind}: {message}\n"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.ranges import Bounds
 
 KINDS = frozenset({"act", "weight", "bias", "wide", "prob", "float", "ids", "mask", "int", "code", "same"})
@@ -72,10 +73,13 @@ BY_NAME: dict[str, Op] = {}
 
 
 def declare(op: Op) -> Op:
-    """Enter an op into the table; a second op of the same target or name is an error."""
+    """Enter an op into the table. ConfigError for a second op of the same target or name, ValueError for a signature
+    of unknown kinds."""
     Signature.parse(op.sig)
-    if op.target in BY_TARGET or op.name in BY_NAME:
-        raise ValueError(f"op {op.name!r} ({op.target}) is declared already")
+    known = BY_TARGET.get(op.target) or BY_NAME.get(op.name)
+    if known is not None:
+        do = "declare an op once in a process; give an op of another target another name"
+        raise ConfigError(f"op {known.name!r} ({known.target}) is declared already", where=op.name, do=do)
     BY_TARGET[op.target] = BY_NAME[op.name] = op
     return op
 

@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .errors import VerifyError
 from .graph import fetch, site_of
+from .hushed import hushed
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def _called(node: fx.Node, known: dict[fx.Node, Typed], after_pass: str) -> Type
         return Typed(node.meta.get("val", operands[0] if operands else None), operands)
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n].value)
     try:
-        return Typed(node.target(*args, **kwargs))  # type: ignore[operator]
+        with hushed():
+            return Typed(node.target(*args, **kwargs))  # type: ignore[operator]
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         what = f"its operands do not fit: {lines[0][:200]}"

@@ -10,7 +10,8 @@ from torch import fx
 from .errors import CaptureError, VerifyError
 from .graph import computes_floats, fetch, root, site_of
 from .integer_only import float_nodes
-from .op import op_of
+from .op import op_of, tensor_args
+from .placement import table_of
 from .range_analysis import analyse_ranges
 
 STAGES = ("float", "qat", "qdq", "int")
@@ -19,10 +20,11 @@ STAGES = ("float", "qat", "qdq", "int")
 def verify(gm: fx.GraphModule, *, after_pass: str = "") -> None:
     """Raise VerifyError (CaptureError straight after capture) where ``gm`` breaks a promise of its stage.
 
-    Every stage: each call is a declared op and each site is unique. float: no quantizer. qat: no quantizer reads a
-    quantizer. qdq: no module is left; scales are finite and positive; a dequantize undoes the quantize before it with
-    the same scale and zero point. int: every float op is a listed island, and none is left where the
-    graph is marked integer_only; no accumulator and no intermediate of a primitive can overflow.
+    Every stage: each call is a declared op and each site is unique. float: no quantizer. qat: every operand that a
+    rule names reads a quantizer, and no quantizer another. qdq: no module is left; scales are
+    finite and positive; a dequantize undoes the quantize before it with the same scale and zero point. int: every
+    float op is a listed island, and none is left where the graph is marked integer_only; no accumulator and no
+    intermediate of a primitive can overflow.
     """
     stage = gm.meta.get("stage")
     if stage not in STAGES:
@@ -64,6 +66,8 @@ def _check_float(gm: fx.GraphModule, node: fx.Node, after_pass: str) -> None:
 
 
 def _check_qat(gm: fx.GraphModule, node: fx.Node, after_pass: str) -> None:
+    for i in node.meta.get("ruled", ()):
+        _check_ruled(node, i, after_pass)
     if _name(node) != "lsq":
         return
     source = root(node.args[0])  # type: ignore[arg-type]
@@ -73,6 +77,22 @@ def _check_qat(gm: fx.GraphModule, node: fx.Node, after_pass: str) -> None:
             where=site_of(node),
             do=f"pass {after_pass} must look the value up through data movers",
         )
+
+
+def _check_ruled(node: fx.Node, i: int, after_pass: str) -> None:
+    """Operand ``i``, which a rule names, comes from a quantizer; a table's rows may be quantized once gathered."""
+    operands = tensor_args(node)
+    source = root(operands[i]) if i < len(operands) else None
+    if source is not None and _name(source) == "lsq":
+        return
+    if table_of(node) is not None and all(_name(user) == "lsq" for user in node.users):
+        return
+    raise VerifyError(
+        f"a rule quantizes operand {i}, which now reads {'nothing' if source is None else site_of(source)}"
+        " in front of its quantizer",
+        where=site_of(node),
+        do=f"pass {after_pass} must keep the quantizer, or take {i} out of node.meta['ruled']",
+    )
 
 
 def _check_qdq(gm: fx.GraphModule, node: fx.Node, after_pass: str) -> None:

@@ -70,6 +70,7 @@ def _insert_weight(gm: fx.GraphModule, demand: Demand) -> None:
             node = _call(gm, name, quantizer, user, site_of(user) + "/q")
             for reader in [r for r in user.users if r is not node]:
                 reader.replace_input_with(user, node)
+            user.meta["ruled"] = (0,)
         else:
             if whole is None:
                 whole = _call(gm, name, quantizer, demand.value, f"{demand.value.target}/q")
@@ -95,7 +96,13 @@ def _attribute(site: str) -> str:
 
 
 def _reread(user: fx.Node, operand: fx.Node, value: fx.Node, quantized: fx.Node) -> None:
-    """Let ``user`` read ``operand`` made from ``quantized`` in place of ``value``, copying the movers between."""
+    """Let ``user`` read ``operand`` made from ``quantized`` in place of ``value``, copying the movers between.
+
+    ``user.meta["ruled"]`` lists the operands that a rule names, for the verifier.
+    """
+    if op_of(user) is not None:
+        here = tuple(i for i, a in enumerate(tensor_args(user)) if a is operand)
+        user.meta["ruled"] = user.meta.get("ruled", ()) + here
     user.replace_input_with(operand, _moved_copy(operand, value, quantized))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, batch, for_model, tiny
 from torch import nn
 
@@ -146,7 +148,8 @@ class Odd(nn.Module):
         return torch.special.bessel_j0(x)
 
 
-def test_what_cannot_be_captured_is_named():
+def test_what_cannot_be_captured_is_named(capfd):
+    """One error of ours: torch's logs and the graph that it prints at a failure are held back."""
     with pytest.raises(CaptureError) as err:
         capture(Branches(), example=(torch.randn(3, 8),))
     assert "test_capture.py" in str(err.value) and "Branches" in str(err.value)
@@ -154,6 +157,27 @@ def test_what_cannot_be_captured_is_named():
         capture(Odd(), example=(torch.randn(3, 8),))
     with pytest.raises(CaptureError, match="int"):
         capture(3)
+    assert capfd.readouterr() == ("", "")
+
+
+class Talks(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        print("traced", file=sys.stderr)
+        return super().forward(x)
+
+
+def test_what_a_models_own_code_says_is_passed_on(capfd):
+    capture(Talks(8, 8), example=(torch.randn(3, 8),))
+    assert "traced" in capfd.readouterr().err
+
+
+def test_multiple_choice_is_told_how_to_do_without():
+    config = tiny("bert").config
+    with pytest.raises(CaptureError, match="score every choice as a row"):
+        capture(transformers.BertForMultipleChoice(config))
+    ids = torch.ones(2, 3, 9, dtype=torch.int64)
+    with pytest.raises(CaptureError, match=r"shape \(2, 3, 9\)"):
+        capture(transformers.BertForMultipleChoice(config), example={"input_ids": ids})
 
 
 class Written(nn.Module):

@@ -16,7 +16,8 @@ import kdlsq_fx.ops.integer
 import kdlsq_fx.ops.qdq  # noqa: F401  (both fill the table)
 from kdlsq_fx.backends.onnx import export
 from kdlsq_fx.backends.onnx_runtime import run_onnx
-from kdlsq_fx.op import BY_NAME, Op, Signature
+from kdlsq_fx.errors import ConfigError
+from kdlsq_fx.op import BY_NAME, BY_TARGET, Op, Signature, declare
 
 torch.set_num_threads(1)
 
@@ -146,3 +147,12 @@ def test_onnx_equals_torch(op: Op, optimize: bool, tmp_path: Path) -> None:
     export(gm, file, target="spec")
     found = run_onnx(file, {k: v.numpy() for k, v in feed.items()}, optimize)
     close([found[f"output_{i}"] for i in range(count)], wanted)
+
+
+def test_an_op_is_declared_once():
+    known = BY_NAME["gelu"]
+    with pytest.raises(ConfigError, match=r"(?s)'gelu'.*is declared already.*another name"):
+        declare(Op(name="gelu", target=torch.special.bessel_j0, sig="act -> act"))
+    with pytest.raises(ConfigError, match="'gelu'"):
+        declare(Op(name="my_gelu", target=known.target, sig="act -> act"))
+    assert BY_NAME["gelu"] is known and BY_TARGET[known.target] is known and "my_gelu" not in BY_NAME

@@ -11,6 +11,7 @@ import kdlsq_fx as kq
 from kdlsq_fx.capture import capture
 from kdlsq_fx.errors import ConfigError, PassError, VerifyError
 from kdlsq_fx.graph import module_path, sited
+from kdlsq_fx.op import op_of
 from kdlsq_fx.pipeline import Trace, graph_pass, run_passes
 from kdlsq_fx.verify import verify
 
@@ -95,6 +96,25 @@ def test_quantizer_behind_quantizer_is_refused():
     second.meta = {**first.meta, "site": "again/q"}
     linear.replace_input_with(first, second)
     with pytest.raises(VerifyError, match="rounded twice"):
+        verify(qat.gm)
+
+
+@pytest.mark.parametrize("qconfig", ["W8E8A8", "W4E4A8-int", "W8E8A8-minmax"])
+def test_an_operand_that_passes_by_its_quantizer_is_refused(qconfig):
+    """Every quantizer of every preset in turn is taken out of the graph: the verifier names a reader of each."""
+    qat = kq.prepare_qat(tiny("bert"), qconfig)
+    quantizers = [n for n in qat.gm.graph.find_nodes(op="call_module") if op_of(n).name == "lsq"]
+    assert len(quantizers) > 20
+    for node in quantizers:
+        if all(user.op == "output" for user in node.users):
+            continue
+        value, users = node.args[0], list(node.users)
+        for user in users:
+            user.replace_input_with(node, value)
+        with pytest.raises(VerifyError, match=r"a rule quantizes operand \d, which now reads"):
+            verify(qat.gm)
+        for user in users:
+            user.replace_input_with(value, node)
         verify(qat.gm)
 
 
