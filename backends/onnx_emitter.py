@@ -63,6 +63,7 @@ class Emitter:
     inputs: list[ir.Value] = field(default_factory=list)
     outputs: list[ir.Value] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
+    folded: set[fx.Node] = field(default_factory=set)  # products by a number that the product before them holds
 
     def run(self, input_names: list[str], output_names: list[str]) -> None:
         holders = self.gm.graph.find_nodes(op="placeholder")
@@ -118,6 +119,8 @@ class Emitter:
             result = self._dequantize(node)
         elif op is None or op.onnx is None:
             raise LoweringError(f"op {op.name if op else node.target} has no ONNX form", where=self.g.site)
+        elif node in self.folded:
+            result = self.env[node.args[0]]  # type: ignore[index]
         else:
             result = self._plain(node, op)
         self._name_results(result, {id(n) for n in self.g.nodes[before:]})
@@ -128,6 +131,8 @@ class Emitter:
             raise ConfigError(f"op {op.name} has no ONNX form", where=site_of(node), do="declare its onnx= meaning")
         args = fx.node.map_arg(node.args, self.env.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, self.env.__getitem__)
+        if op.name == "matmul" and self.dialect.fused_dense:
+            args = (self._scaled(node, args[0]), *args[1:])
         grid = self.g.grids.get(args[0]) if args and isinstance(args[0], ir.Value) else None
         codes = grid.codes if grid is not None and grid.axis is None else None
         if grid is not None and codes is not None and moves_data(node) and self._may_move(codes):
@@ -140,6 +145,20 @@ class Emitter:
         if held is not None:
             self.codes |= dict.fromkeys(result if isinstance(result, list) else [result], self.codes[held])
         return result
+
+    def _scaled(self, node: fx.Node, x: ir.Value) -> ir.Value:
+        """The first operand of a product, dequantized with a scale that also holds the number which multiplies the
+        product (attention scores): one pass over the scores less, the same values up to the rounding of a float."""
+        (user,) = node.users if len(node.users) == 1 else (None,)
+        grid = self.g.grids.get(x)
+        if user is None or op_name(user) not in ("mul", "div") or user.args[0] is not node or grid is None:
+            return x
+        number = user.args[1]
+        if grid.codes is None or isinstance(number, bool) or not isinstance(number, (int, float)) or number <= 0:
+            return x
+        self.folded.add(user)
+        scale = grid.scale * np.float32(number if op_name(user) == "mul" else 1 / number)
+        return self.g.dequantize(grid.codes, Grid(scale, grid.zero_point, grid.axis, None, grid.offset))
 
     def _held_codes(self, node: fx.Node, args: Any) -> ir.Value | None:
         """Codes that the node moves or joins between a quantize and its dequantize.

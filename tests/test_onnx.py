@@ -217,6 +217,20 @@ def test_every_quantized_product_runs_in_int8(family: str, tmp_path: Path) -> No
     assert ("saturate" in str(report)) == int8_saturates()
 
 
+@pytest.mark.parametrize("family,preset", [("bert", "W8E8A8"), ("electra", "W4E4A8-lsq+"), ("distilbert", "W8E8A8")])
+def test_the_factor_of_the_scores_is_in_a_scale(family: str, preset: str, tmp_path: Path) -> None:
+    """`ort-cpu` multiplies no scores: a scale in front of their product holds the number."""
+    qat, model = prepared(family, preset)
+    behind = {}
+    for target in ("ort-cpu", "spec"):
+        export_onnx(qat, tmp_path / f"{target}.onnx", target=target)
+        nodes = onnx.load(tmp_path / f"{target}.onnx").graph.node
+        behind[target] = sum(n.op_type in ("Mul", "Div") and "attention" in n.name for n in nodes)
+    layers = getattr(model.config, "num_hidden_layers", 2)
+    assert behind == {"ort-cpu": 0, "spec": layers}
+    near_ties_only(freeze_qat(qat).gm, for_model(model, batch(8, 12, seed=3)), optimize=True)
+
+
 def test_the_file(tmp_path: Path) -> None:
     """Names, dynamic sizes, metadata, and the trained scales: as many quantizers as the graph has, at its scales."""
     qat, model = prepared("bert", "W4E4A8")
