@@ -15,6 +15,7 @@ from torch import fx
 
 from ..integer_only import dtype_of
 from ..op import op_of
+from . import native_attention as attending
 from . import native_kernels as kernels
 from .native_rules import Builder, Keep, args_of, fixed_of, grid_of, linear_of, norm_of, sides_of, sum_of, whole_of
 
@@ -154,7 +155,7 @@ def fuse_softmax(build: Builder, node: fx.Node) -> None:
     last = only_user(node, "quantize") if name_of(node) == "softmax" else None
     if last is None or node.args[1] not in (-1,):
         return
-    build.call(last, kernels.softmax(grid_of(build, last)), (node.args[0],), last, "softmax + quantize")
+    build.call(last, attending.softmax(grid_of(build, last)), (node.args[0],), last, "softmax + quantize")
 
 
 def fuse_sum_norm(build: Builder, node: fx.Node) -> None:
@@ -188,7 +189,7 @@ def fuse_attention(build: Builder, node: fx.Node) -> None:
     fixed = fixed_of(build, last)
     if p.zero_point != grid.zero_point or isinstance(fixed.multiplier, torch.Tensor):
         raise Keep("its probabilities are shifted, or its results have several scales")
-    run = kernels.attention(q, k, v, grid, fixed, scale=scale, whole=whole)
+    run = attending.attention(q, k, v, grid, fixed, scale=scale, whole=whole)
     args = (*scores.args[:2], product.args[1], *(() if mask is None else (mask,)))
     build.call(last, run, args, last, "attention")
 

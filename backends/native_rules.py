@@ -17,6 +17,7 @@ from ..graph import fetch, site_of
 from ..integer_only import dtype_of
 from ..op import BY_NAME, Op, op_of
 from ..ranges import INT32_MAX
+from . import native_attention as attending
 from . import native_kernels as kernels
 
 TERMS = (torch.int8, torch.uint8, torch.int16, torch.int32)
@@ -125,16 +126,16 @@ def native_linear(build: Builder, node: fx.Node) -> None:
     build.call(node, linear_of(build, node), (node.args[0],), node, "linear")
 
 
-def sides_of(build: Builder, node: fx.Node) -> tuple[kernels.Side, kernels.Side]:
+def sides_of(build: Builder, node: fx.Node) -> tuple[attending.Side, attending.Side]:
     """The operands of an ``int_matmul`` node."""
     zeros = args_of(node, 0, 0, size=4)[2:4]
     a_zero, b_zero = (node.kwargs.get(f"{s}_zero_point", z) for s, z in zip("ab", zeros))
-    return kernels.Side(build.byte(node.args[0]), a_zero), kernels.Side(build.byte(node.args[1]), b_zero)
+    return attending.Side(build.byte(node.args[0]), a_zero), attending.Side(build.byte(node.args[1]), b_zero)
 
 
 def native_matmul(build: Builder, node: fx.Node) -> None:
     a, b = sides_of(build, node)
-    checked = _with_length(kernels.product(a.dtype, b.dtype, a.zero_point, b.zero_point), node)
+    checked = _with_length(attending.product(a.dtype, b.dtype, a.zero_point, b.zero_point), node)
     build.call(node, checked, node.args[:2], node, "product")
 
 
@@ -169,18 +170,18 @@ def native_quantize(build: Builder, node: fx.Node) -> None:
     build.call(node, kernels.quantize(grid_of(build, node)), (node.args[0],), node, "quantize")
 
 
-def whole_of(build: Builder, node: fx.Node) -> tuple[kernels.Whole, kernels.CodeGrid]:
+def whole_of(build: Builder, node: fx.Node) -> tuple[attending.Whole, kernels.CodeGrid]:
     """The constants of an ``int_softmax`` node."""
     _, _, table, multiplier, shift, limit, divider, zero_point, qmin, qmax = args_of(node)
     if table is None:
         raise Keep("its exponential is the polynomial, not the table")
     _demand_byte(qmin, qmax)
-    whole = kernels.Whole(build.constant(table), multiplier, shift, limit, divider)
+    whole = attending.Whole(build.constant(table), multiplier, shift, limit, divider)
     return whole, kernels.CodeGrid(1.0, zero_point, qmin, qmax)
 
 
 def native_softmax(build: Builder, node: fx.Node) -> None:
-    build.call(node, kernels.int_softmax(*whole_of(build, node)), node.args[:2], node, "int_softmax")
+    build.call(node, attending.int_softmax(*whole_of(build, node)), node.args[:2], node, "int_softmax")
 
 
 def norm_of(build: Builder, node: fx.Node) -> kernels.NormCodes:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import kdlsq_fx as kq
 from kdlsq_fx.backends import native, native_library, native_onednn
+from kdlsq_fx.backends import native_attention as attending
 from kdlsq_fx.backends import native_kernels as kernels
 from kdlsq_fx.errors import InputError
 from kdlsq_fx.ops.fixed_point import dyadic, numpy_int_add, numpy_requantize
@@ -104,7 +105,7 @@ def test_products_are_the_references(seed, n, k, m, dtype, transposed):
     a, b = codes(g, 2, 3, n, k, dtype=dtype), codes(g, 2, 3, m, k, dtype=dtype).transpose(2, 3)
     b = b if transposed else b.contiguous()
     for left in (a, a.transpose(0, 1).contiguous().transpose(0, 1)):
-        made = kernels.product(dtype, dtype, 5, -3)(left, b)
+        made = attending.product(dtype, dtype, 5, -3)(left, b)
         assert np.array_equal(made.numpy(), numpy_int_matmul(a.numpy(), b.numpy(), 5, -3))
 
 
@@ -145,8 +146,8 @@ def test_integer_softmax_is_the_references(seed, n, masked):
     x = torch.randint(-(2**13), 2**13, (2, 3, 4, n), generator=g, dtype=torch.int32)
     x[0, 0, 0] = torch.randint(-(2**31), 2**31, (n,), generator=g).to(torch.int32)
     keep = torch.rand(2, 1, 1, n, generator=g) < 0.7 if masked else None
-    whole = kernels.Whole(exp_table(), multiplier, shift, limit, divider)
-    made = kernels.int_softmax(whole, kernels.CodeGrid(1.0, 0, 0, 255))(x, keep)
+    whole = attending.Whole(exp_table(), multiplier, shift, limit, divider)
+    made = attending.int_softmax(whole, kernels.CodeGrid(1.0, 0, 0, 255))(x, keep)
     wanted = numpy_int_softmax(
         x.numpy(),
         None if keep is None else keep.numpy(),
@@ -197,9 +198,9 @@ def test_attention_in_integers_is_the_references(seed, rows, keys, dim, dtype):
     zero, f = (0 if dtype == torch.int8 else 120), fixed(g, 0)
     keep = torch.rand(2, 1, 1, keys, generator=g) < 0.7
     multiplier, shift, limit = score_grid(1e-3, table=True)
-    whole = kernels.Whole(exp_table(), multiplier, shift, limit, prob_divider(1 / 255))
-    side = kernels.Side(dtype, zero)
-    run = kernels.attention(side, side, side, kernels.CodeGrid(1.0, 0, 0, 255), f, whole=whole)
+    whole = attending.Whole(exp_table(), multiplier, shift, limit, prob_divider(1 / 255))
+    side = attending.Side(dtype, zero)
+    run = attending.attention(side, side, side, kernels.CodeGrid(1.0, 0, 0, 255), f, whole=whole)
     made = run(q, k.transpose(2, 3), v, keep)
     scores = numpy_int_matmul(q.numpy(), k.transpose(2, 3).numpy(), zero, zero)
     ends = (exp_table().numpy(), multiplier, shift, limit, prob_divider(1 / 255), 0, 0, 255)
@@ -216,18 +217,18 @@ def test_attention_in_floats_is_one_code_away_at_most(seed, rows, keys, mask):
     shape = {"none": (), "keys": (2, 1, 1, keys), "scores": (2, 3, rows, keys)}[mask]
     added = (torch.rand(shape, generator=g) < 0.4) * torch.finfo(torch.float32).min if shape else None
     side, grid, f = (
-        kernels.Side(torch.int8, 0),
+        attending.Side(torch.int8, 0),
         kernels.CodeGrid(1 / 255, 0, 0, 255),
         kernels.Fixed(*dyadic(1 / 255), 0, -127, 127),
     )
-    made = kernels.attention(side, side, side, grid, f, scale=1e-4)(
+    made = attending.attention(side, side, side, grid, f, scale=1e-4)(
         q, k.transpose(2, 3), v, *(() if added is None else (added,))
     )
     scores = q.double() @ k.transpose(2, 3).double() * 1e-4 + (0 if added is None else added)
     probs = (scores.softmax(-1) * 255).round()
     wanted = (probs @ v.double() / 255).round()
     assert (made.double() - wanted).abs().max() <= 2  # a probability one code off moves a result by v / 255
-    codes_of = kernels.softmax(grid)(scores.float())
+    codes_of = attending.softmax(grid)(scores.float())
     assert (codes_of.double() - probs).abs().max() <= 1
 
 
