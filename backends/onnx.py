@@ -15,6 +15,7 @@ from torch import fx
 
 from ..errors import CheckpointError, ConfigError
 from ..files import make_folder, write_atomic
+from ..graph import site_of
 from ..summary import Summary
 from .onnx_dialects import dialect_of, opset_for
 from .onnx_emitter import Cut, Emitter, op_name
@@ -28,7 +29,8 @@ LIMIT = 2**31 - 1  # bytes of one protobuf message
 @dataclass(frozen=True)
 class ExportReport:
     """What was written. ``cuts`` is empty unless the file shows its codes; ``kernels`` is what the target's runtime
-    chose for the matrix products, None where it was not asked; ``summary``: sizes, what runs in int8, what does not."""
+    chose for the matrix products, None where it was not asked; ``folded``: sites whose number a scale of the file
+    holds; ``summary``: sizes, what runs in int8, what does not."""
 
     path: Path
     target: str
@@ -39,6 +41,7 @@ class ExportReport:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     cuts: tuple[Cut, ...] = ()
+    folded: frozenset[str] = frozenset()
     kernels: KernelReport | None = None
     summary: Summary | None = None
 
@@ -95,6 +98,7 @@ def export(
         inputs=tuple(v.name for v in model.graph.input),
         outputs=tuple(v.name for v in model.graph.output),
         cuts=tuple(emitter.cuts),
+        folded=frozenset(map(site_of, emitter.folded)),
     )
 
 

@@ -17,6 +17,10 @@ from .cpu import lacks_vnni
 from .onnx import ExportReport
 from .onnx_kernels import KernelReport, products_of
 
+KEEPS_FLOATS = {  # the setting without which float activations of a quantized weight are rounded to 8 bits
+    "ort-cpu": "the session option session.qdq_matmulnbits_accuracy_level=1",
+    "openvino": "the property DYNAMIC_QUANTIZATION_GROUP_SIZE=0",
+}
 SUBBYTE = {onnx.TensorProto.INT2: "int2", onnx.TensorProto.INT4: "int4"}
 
 
@@ -38,10 +42,15 @@ def checked(report: ExportReport, gm: fx.GraphModule, before: int) -> ExportRepo
             else "no runtime was asked"
         )
         notes.append(f"kernels not counted: {why}; int8 below is how the file is written, not what a runtime does")
-    for text in (*_missed(kernels), *_about_cpu(report), *_about_subbyte(report)):
+    for text in (
+        *_missed(kernels),
+        *_about_weights_alone(report, kernels),
+        *_about_cpu(report),
+        *_about_subbyte(report),
+    ):
         warnings.warn(text, stacklevel=3)
     sites, int8 = (kernels.sites, kernels.int8) if kernels is not None else ({}, frozenset())
-    summary = summarize_export(gm, before, report.bytes, sites, int8, notes)
+    summary = summarize_export(gm, before, report.bytes, sites, int8, report.folded, notes)
     return replace(report, kernels=kernels, summary=summary)
 
 
@@ -62,6 +71,22 @@ def _missed(kernels: KernelReport | None) -> Iterator[str]:
     if kernels is not None and kernels.missed:
         first = ", ".join(f"{s} ({kernels.sites[s]})" for s in kernels.missed[:3])
         yield f"{kernels.runtime} runs {len(kernels.missed)} quantized products in floats: {first}"
+
+
+def _about_weights_alone(report: ExportReport, kernels: KernelReport | None) -> Iterator[str]:
+    """Seen with ONNX Runtime 1.32 (MatMulNBits) and OpenVINO 2026.4 (dynamic quantization), both by default."""
+    if report.target not in KEEPS_FLOATS:
+        return
+    sites = [p.site for p in products_of(onnx.load(str(report.path)).graph) if p.weight_only]
+    if report.target == "ort-cpu" and kernels is not None:
+        sites = [s for s in sites if kernels.sites[s] == "MatMulNBits"]
+    if sites:
+        runtime = "OpenVINO" if report.target == "openvino" else "ONNX Runtime"
+        yield (
+            f"{len(sites)} products have quantized weights and float activations ({', '.join(sites[:3])}): {runtime} "
+            f"rounds these activations to 8 bits by default; run the file with {KEEPS_FLOATS[report.target]}, or give "
+            "the rule an act="
+        )
 
 
 def _about_cpu(report: ExportReport) -> Iterator[str]:

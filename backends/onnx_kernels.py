@@ -53,13 +53,15 @@ class KernelReport:
 @dataclass(frozen=True)
 class Product:
     """A matrix product in a file: names that a runtime may keep of it, and of what each operand is made from, nearest
-    first. ``values`` are the names of the tensors that hold its result, or the result of what may be fused behind."""
+    first. ``values`` are the names of the tensors that hold its result, or the result of what may be fused behind.
+    ``quantized``: both operands are dequantized codes; ``weight_only``: the weight of a dense layer alone is."""
 
     site: str
     names: tuple[str, ...]
     values: tuple[str, ...]
     operands: tuple[tuple[str, ...], ...]
     quantized: bool
+    weight_only: bool
 
 
 def products_of(graph: onnx.GraphProto) -> Iterator[Product]:
@@ -83,9 +85,9 @@ def products_of(graph: onnx.GraphProto) -> Iterator[Product]:
         site = re.sub(r"/[A-Za-z]+(_\d+)?$", "", node.name)
         # OpenVINO names what makes a tensor that leaves the graph after the tensor
         trace = (*names, *values)
-        yield Product(
-            site, trace, tuple(values), tuple(map(tuple, operands)), all(_is_codes(makers, v) for v in node.input[:2])
-        )
+        codes = [_is_codes(makers, v) for v in node.input[:2]]
+        alone = codes == [False, True] and node.op_type != "Conv"
+        yield Product(site, trace, tuple(values), tuple(map(tuple, operands)), all(codes), alone)
 
 
 def _ancestry(makers: dict[str, onnx.NodeProto], value: str) -> list[str]:

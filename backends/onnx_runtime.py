@@ -50,6 +50,8 @@ class OnnxModel:
         options.log_severity_level = 3
         if save_optimized:
             options.optimized_model_filepath = save_optimized
+        # else products of float activations by quantized weights round the activations to 8 bits, unasked
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if optimize and int8_saturates():
             options.add_session_config_entry("session.x64quantprecision", "1")  # uint8 weights: slower, never wrong
         try:

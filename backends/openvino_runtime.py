@@ -17,7 +17,8 @@ from ..errors import CheckpointError, ConfigError, InputError
 from .onnx_kernels import KernelReport, Product, products_of
 
 BYTES = ("i8", "u8")
-HINTS = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}  # what stays float stays float32
+# what stays float stays float32, also in front of a quantized weight
+HINTS = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "NUM_STREAMS": 1}
 
 
 def openvino() -> Any:
@@ -63,13 +64,14 @@ def openvino_report(path: str | Path) -> KernelReport:
     """Compile ``path`` as ``OpenVinoModel`` does, and find every product of the file in the compiled graph.
 
     A fully connected layer runs in int8 where its ``runtimePrecision`` says so. Attention is one ``Subgraph`` there: a
-    product inside runs in int8 where all that comes into the subgraph for it does so in 8 bits.
+    product inside runs in int8 where all that comes into the subgraph for it does so in 8 bits. Of a layer with float
+    activations that precision is its weight's.
     """
     compiled = OpenVinoModel(path, threads=1).compiled
     graph = _Compiled(compiled.get_runtime_model())
     file = onnx.load(str(path), load_external_data=False).graph
     products = list(products_of(file))
-    sites = {p.site: graph.kernel_of(p) for p in products}
+    sites = {p.site: "f32, its weight in bytes" if p.weight_only else graph.kernel_of(p) for p in products}
     int8 = frozenset(s for s, k in sites.items() if k.endswith(BYTES))
     return KernelReport("OpenVINO", graph.counts, sites, int8, frozenset(p.site for p in products if p.quantized))
 

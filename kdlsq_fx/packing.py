@@ -18,15 +18,30 @@ def pack(codes: Array) -> tuple[Array, dict[str, Any]] | None:
     None where bytes of their own are as small: more than 7 bits, no codes at all, or another dtype. What counts are the
     levels that the codes span, not the width they were trained at: three levels take 1.6 bits, all others whole bits.
     """
+    if (found := _range_of(codes)) is None:
+        return None
+    first, levels = found
+    steps = codes.reshape(-1).view(np.uint8) - np.uint8(first % 256)
+    data = _ternary(steps) if levels == 3 else _bits(steps, (levels - 1).bit_length())
+    return data, {"dtype": str(codes.dtype), "shape": list(codes.shape), "first": first, "levels": levels}
+
+
+def packed_bytes(codes: Array) -> int:
+    """Bytes of ``codes`` in a file, packed where :func:`pack` packs them."""
+    if (found := _range_of(codes)) is None:
+        return codes.nbytes
+    _, levels = found
+    return -(-codes.size // 5) if levels == 3 else -(-codes.size * (levels - 1).bit_length() // 8)
+
+
+def _range_of(codes: Array) -> tuple[int, int] | None:
+    """The least code and the number of levels, of codes that are to be packed."""
     if codes.dtype not in (np.int8, np.uint8) or not codes.size:
         return None
     first = int(codes.min())
     levels = max(int(codes.max()) - first + 1, 2)
-    if levels > MOST_LEVELS or first + levels - 1 > np.iinfo(codes.dtype).max:
-        return None
-    steps = codes.reshape(-1).view(np.uint8) - np.uint8(first % 256)
-    data = _ternary(steps) if levels == 3 else _bits(steps, (levels - 1).bit_length())
-    return data, {"dtype": str(codes.dtype), "shape": list(codes.shape), "first": first, "levels": levels}
+    fits = levels <= MOST_LEVELS and first + levels - 1 <= np.iinfo(codes.dtype).max
+    return (first, levels) if fits else None
 
 
 def _ternary(steps: Array) -> Array:

@@ -12,6 +12,7 @@ from torch import fx
 from .graph import moves_data, plumbing, site_of
 from .lowering import Island
 from .op import op_of
+from .packing import packed_bytes
 from .report import columns, site_rows
 from .views import View
 
@@ -20,7 +21,8 @@ PRODUCTS = ("linear", "conv1d", "matmul", "bmm")
 
 @dataclass(frozen=True)
 class Row:
-    """``count`` ops of one kind that run in ``where`` ("int8", "int" or "float"), and ``why`` ("" for integers)."""
+    """``count`` ops of one kind that run in ``where`` ("int8", "int", "float"; "none" where no op is left), and ``why``
+    ("" for integers)."""
 
     op: str
     count: int
@@ -30,7 +32,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was made of a model. Sizes in bytes; ``before``: its float32 weights, 0 where they are not known.
+    """What was made of a model. Sizes in bytes; ``before``: its float32 weights, 0 where they are not known;
+    ``after``: the constants as they are stored, or the file.
 
     ``notes``: a line each, such as the count of int8 kernels that a runtime chose.
     """
@@ -61,10 +64,10 @@ def float_bytes(gm: fx.GraphModule) -> int:
     return sum(p.numel() * 4 for p in gm.parameters() if id(p) not in scales)
 
 
-def tensor_bytes(gm: fx.GraphModule) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
-    held = {id(t): t.numel() * t.element_size() for t in (*gm.parameters(), *gm.buffers())}
-    return sum(held.values())
+def stored_bytes(gm: fx.GraphModule) -> int:
+    """Bytes of all parameters and buffers as an int folder holds them, packed; shared ones once."""
+    held = {id(t): t for t in (*gm.parameters(), *gm.buffers())}
+    return sum(packed_bytes(t.detach().cpu().numpy()) for t in held.values())
 
 
 def summarize_int(gm: fx.GraphModule, before: int) -> Summary:
@@ -81,19 +84,28 @@ def summarize_int(gm: fx.GraphModule, before: int) -> Summary:
         (islands[site].op, "float", _in_general(islands[site].reason)) if site in islands else (label, "int", "")
         for site, label in labels.items()
     ]
-    return Summary(before, tensor_bytes(gm), _grouped(found))
+    return Summary(before, stored_bytes(gm), _grouped(found))
 
 
 def summarize_export(
-    gm: fx.GraphModule, before: int, after: int, kernels: dict[str, str], int8: frozenset[str], notes: Iterable[str]
+    gm: fx.GraphModule,
+    before: int,
+    after: int,
+    kernels: dict[str, str],
+    int8: frozenset[str],
+    folded: frozenset[str],
+    notes: Iterable[str],
 ) -> Summary:
-    """Of a qdq graph as a runtime runs it: ``kernels`` by site as it chose them, ``int8`` those on 8-bit integers.
+    """Of a qdq graph as a runtime runs it: ``kernels`` by site as it chose them, ``int8`` those on 8-bit integers,
+    ``folded`` those that the file needs no op for.
 
     Where no runtime was asked (``kernels`` is empty) a quantized product counts as int8.
     """
     found = []
     for site, op, got, why in site_rows(gm):
-        if op in PRODUCTS and kernels:
+        if site in folded:
+            found.append((op, "none", "a scale of the product in front holds its number"))
+        elif op in PRODUCTS and kernels:
             if site in int8:
                 found.append((op, "int8", ""))
             else:

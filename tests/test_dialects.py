@@ -200,6 +200,42 @@ def test_what_onnxruntime_does_with_typed_weights_is_warned_about(tmp_path: Path
         export_onnx(qat, tmp_path / "q.onnx", target="spec")
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("target", ["ort-cpu", "openvino"])
+def test_float_activations_that_a_runtime_rounds_are_warned_about(target: str, bits: int, tmp_path: Path) -> None:
+    """Both runtimes do so by default where the weight alone is quantized; our sessions do not."""
+    if target == "openvino":
+        pytest.importorskip("openvino")
+    model = livelier(tiny("bert", hidden_size=64))
+    weights_only = QConfig(rules=(Rule(site="**", op="linear", weight=QSpec(bits=bits, axis=0)),), heads="quantized")
+    qat = prepare_qat(model, weights_only).eval()
+    with pytest.warns(
+        UserWarning, match="14 products have quantized weights and float activations .*run the file with"
+    ):
+        report = export_onnx(qat, tmp_path / "q.onnx", target=target)
+    assert not report.kernels.int8 and {(r.op, r.where) for r in report.summary.rows} >= {("linear", "float")}
+    data = for_model(model, batch(4, 9))
+    feed = {k: v.numpy() for k, v in data.items()}
+    wanted = freeze_qat(qat)(**data).logits.detach().numpy()
+    ours, theirs = _logits(target, tmp_path / "q.onnx", feed)
+    scale = np.abs(wanted).max()
+    np.testing.assert_allclose(ours, wanted, atol=1e-5 * scale)
+    assert np.abs(theirs - wanted).max() > 1e-3 * scale  # else the warning is no longer true
+
+
+def _logits(target: str, file: Path, feed: dict[str, Any]) -> tuple[Any, Any]:
+    """In a session of ours, and in one with the runtime's own settings."""
+    if target == "ort-cpu":
+        import onnxruntime as ort
+
+        session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        return run_onnx(file, feed)["logits"], session.run(["logits"], feed)[0]
+    from kdlsq_fx.backends.openvino_runtime import OpenVinoModel, openvino
+
+    plain = openvino().Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return OpenVinoModel(file)(feed)["logits"], plain(feed)["logits"]
+
+
 def test_a_product_that_falls_back_is_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Signed int8 activations are what ONNX Runtime does not take: written so, its products stay float."""
     monkeypatch.setitem(DIALECTS, "ort-cpu", replace(DIALECTS["ort-cpu"], unsigned=False))
@@ -219,6 +255,7 @@ def test_the_summary_of_an_export(tmp_path: Path) -> None:
     assert rows["linear", "float"].count == 1 and "head" in rows["linear", "float"].why
     assert rows["embedding", "int8"].count == 2
     assert rows["layer_norm", "float"].why and rows["gelu", "float"].count == 2
+    assert rows["mul", "none"].count == 2 and ("mul", "float") not in rows  # the factor of the scores
     assert "17 of 17 quantized matrix products in int8 kernels" in str(report)
     assert "kernels not counted: no runtime was asked" in str(export_onnx(qat, tmp_path / "spec.onnx", target="spec"))
 
@@ -232,6 +269,14 @@ def test_passes_that_would_not_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="stage qdq is written as it is, pass look would not run"):
         export_onnx(freeze_qat(qat), tmp_path / "q.onnx", passes=[look])
     assert not (tmp_path / "q.onnx").exists()
+
+
+def test_the_summary_of_a_conversion_has_the_size_on_disk(tmp_path: Path) -> None:
+    int_model = convert(model_with("W2E2A8")[0])
+    int_model.save_pretrained(tmp_path / "int")
+    data = (tmp_path / "int" / "model.safetensors").read_bytes()
+    held = len(data) - 8 - int.from_bytes(data[:8], "little")  # without the header
+    assert abs(int_model.summary().after - held) <= 0.02 * held
 
 
 def test_the_summary_of_a_conversion() -> None:
