@@ -129,7 +129,7 @@ class Emitter:
     def _plain(self, node: fx.Node, op: Op) -> Any:
         if op.onnx is None:
             raise ConfigError(f"op {op.name} has no ONNX form", where=site_of(node), do="declare its onnx= meaning")
-        args = fx.node.map_arg(node.args, self.env.__getitem__)
+        args: Any = fx.node.map_arg(node.args, self.env.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, self.env.__getitem__)
         if op.name == "matmul" and self.dialect.fused_dense:
             args = (self._scaled(node, args[0]), *args[1:])

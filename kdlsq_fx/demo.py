@@ -153,8 +153,8 @@ def settings(demo: Demo) -> dict[str, Any]:
 
     options = demo.options
     recipe = {"steps": options.steps, "batch": BATCH, "lr": rate(options.qconfig), "seed": options.seed}
-    recipe |= {"loss": LOSS, "length": LENGTH}
-    return {"qconfig": options.qconfig, **recipe, "corpus": demo.corpus.describe(), "versions": versions()}
+    learned = {"loss": LOSS, "length": LENGTH, "corpus": demo.corpus.describe()}
+    return {"qconfig": options.qconfig, **recipe, **learned, "versions": versions()}
 
 
 def rate(qconfig: str) -> float:
