@@ -27,7 +27,8 @@ class Dialect:
                      touches a quarter of the bytes.
     ``fused_dense``  dense layers in the forms that ONNX Runtime turns into int8 kernels (``GridBuilder.dense``).
     ``subbyte``      weights in the narrowest integer type of ONNX: int2, int4, int8.
-    ``packed``       weights and tables of 2 to 4 bits in that type behind a Cast (``GridBuilder.stored``).
+    ``packed``       the least bits of a type in which weights and tables stand behind a Cast, 0 for bytes
+                     (``GridBuilder.stored``).
     ``opset``        the least opset of a file.
     """
 
@@ -38,7 +39,7 @@ class Dialect:
     adjacent: bool = False
     fused_dense: bool = False
     subbyte: bool = False
-    packed: bool = False
+    packed: int = 0
     opset: int = 20
 
 
@@ -49,12 +50,13 @@ DIALECTS = {
             name="ort-cpu",
             unsigned=True,
             fused_dense=True,
-            packed=True,
+            packed=2,
             why="ONNX Runtime on x86: uint8 activations (int8 ones that several ops read fall back to floats)",
         ),
         Dialect(
             name="openvino",
             adjacent=True,
+            packed=4,  # it has no int2
             why="OpenVINO on x86: QuantizeLinear and DequantizeLinear side by side become one FakeQuantize",
         ),
         Dialect(

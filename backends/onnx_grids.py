@@ -21,7 +21,7 @@ def is_subbyte(dtype: torch.dtype) -> bool:
 class GridBuilder(Builder):
     """A Builder that knows which values are dequantized codes, and how a runtime wants products of them written."""
 
-    def __init__(self, *, fused_dense: bool = False, subbyte: bool = False, packed: bool = False) -> None:
+    def __init__(self, *, fused_dense: bool = False, subbyte: bool = False, packed: int = 0) -> None:
         super().__init__()
         self.fused_dense = fused_dense
         self.subbyte = subbyte
@@ -53,11 +53,11 @@ class GridBuilder(Builder):
     def stored(self, codes: ir.Value) -> ir.Value:
         """Constant 8-bit codes that fit 2 or 4 bits: stored so, and a Cast back, where the dialect wants that.
 
-        ONNX Runtime computes such a Cast once, when it loads the file, and then sees 8-bit weights: int8 kernels.
+        Runtimes compute such a Cast once, when they load the file, and then see 8-bit weights: int8 kernels.
         DequantizeLinear of the narrow type itself would run in fp32, and again at each call.
         """
         array = codes.const_value.numpy() if (self.packed or self.subbyte) and codes.const_value is not None else None
-        narrow = None if array is None else narrowest(array)
+        narrow = None if array is None else narrowest(array, self.packed)
         if array is None or narrow is None:
             return codes
         if codes not in self._stored:
@@ -150,14 +150,15 @@ class GridBuilder(Builder):
         return self.Mul(shifted, scales)
 
 
-def narrowest(codes: NDArray[Any]) -> np.dtype[Any] | None:
-    """ONNX's type of 2 or 4 bits that holds these 8-bit codes, with their sign; None where there is none."""
+def narrowest(codes: NDArray[Any], least: int = 0) -> np.dtype[Any] | None:
+    """ONNX's type of 2 or 4 bits, of ``least`` and more, that holds these 8-bit codes, with their sign; None where
+    there is none."""
     if codes.dtype not in (np.int8, np.uint8) or not codes.size:
         return None
     types = (ml_dtypes.int2, ml_dtypes.int4) if codes.dtype == np.int8 else (ml_dtypes.uint2, ml_dtypes.uint4)
     low, high = int(codes.min()), int(codes.max())
-    fitting = (t for t in types if ml_dtypes.iinfo(t).min <= low and high <= ml_dtypes.iinfo(t).max)
-    return next((np.dtype(t) for t in fitting), None)
+    known = ((t, ml_dtypes.iinfo(t)) for t in types)
+    return next((np.dtype(t) for t, i in known if i.bits >= least and i.min <= low and high <= i.max), None)
 
 
 def _real(codes: NDArray[Any], grid: Grid) -> NDArray[Any]:

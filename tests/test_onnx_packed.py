@@ -32,7 +32,7 @@ def made(preset: str, head: str = "ForSequenceClassification") -> tuple[QuantMod
 def test_every_width_runs_as_bytes_do(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     qat, feed = made(preset)
     export_onnx(qat, tmp_path / "packed.onnx")
-    plain = replace(onnx_dialects.DIALECTS["ort-cpu"], packed=False)
+    plain = replace(onnx_dialects.DIALECTS["ort-cpu"], packed=0)
     monkeypatch.setitem(onnx_dialects.DIALECTS, "ort-cpu", plain)
     export_onnx(qat, tmp_path / "bytes.onnx")
     for optimize in (False, True):
@@ -51,6 +51,27 @@ def test_every_width_runs_as_bytes_do(preset: str, tmp_path: Path, monkeypatch: 
     assert len(casts) == len(narrow)  # each is unpacked once, whoever reads it
 
 
+@pytest.mark.parametrize("preset", ["W2E2A8", "W3E3A8-lsq", "W4E4A8-lsq+", "W5E5A8"])
+def test_openvino_takes_four_bits(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no int2, so 2 bits take 4; the same kernels and the same logits as with bytes."""
+    pytest.importorskip("openvino")
+    from kdlsq_fx.backends.openvino_runtime import OpenVinoModel, openvino_report
+
+    qat, feed = made(preset)
+    export_onnx(qat, tmp_path / "packed.onnx", target="openvino")
+    plain = replace(onnx_dialects.DIALECTS["openvino"], packed=0)
+    monkeypatch.setitem(onnx_dialects.DIALECTS, "openvino", plain)
+    export_onnx(qat, tmp_path / "bytes.onnx", target="openvino")
+    packed, whole = (OpenVinoModel(tmp_path / f"{n}.onnx")(feed)["logits"] for n in ("packed", "bytes"))
+    np.testing.assert_array_equal(packed, whole)
+    assert openvino_report(tmp_path / "packed.onnx") == openvino_report(tmp_path / "bytes.onnx")
+    stored = onnx.load(str(tmp_path / "packed.onnx")).graph.initializer
+    kinds = {i.data_type for i in stored if len(i.dims) == 2}
+    assert kinds & {onnx.TensorProto.INT8, *NARROW} == {
+        onnx.TensorProto.INT8 if preset[1] == "5" else onnx.TensorProto.INT4
+    }
+
+
 def test_a_table_that_is_a_decoder_too_is_packed_once(tmp_path: Path) -> None:
     qat, feed = made("W2E2A8", "ForMaskedLM")
     export_onnx(qat, tmp_path / "mlm.onnx")
@@ -66,4 +87,5 @@ def test_the_narrowest_type() -> None:
 
     assert (of(-2, 1), of(-1, 1), of(-2, 2), of(-8, 7), of(-8, 8)) == ("int2", "int2", "int4", "int4", "None")
     assert (of(0, 3, dtype=np.uint8), of(15, dtype=np.uint8), of(16, dtype=np.uint8)) == ("uint2", "uint4", "None")
+    assert str(narrowest(np.array([-1, 1], np.int8), 4)) == "int4"
     assert of(1, dtype=np.int32) == of() == "None"
