@@ -147,7 +147,8 @@ def _given(names: list[str], example: Any) -> dict[str, Any]:
     given = {k: v.float() if _is_float(v) else v for k, v in given.items()}
     ids = given.get("input_ids")
     if isinstance(ids, torch.Tensor) and ids.dim() != 2:
-        raise CaptureError(f"the example's input_ids have shape {tuple(ids.shape)}", do=CHOICES_DO)
+        do = CHOICES_DO if ids.dim() > 2 else "give a batch of texts: input_ids (batch, length)"
+        raise CaptureError(f"the example's input_ids have shape {tuple(ids.shape)}", do=do)
     if not isinstance(ids, torch.Tensor):
         tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor) and v.dim() > 0}
         alone = bool(tensors) and all(v.shape[0] == 1 for v in tensors.values())

@@ -178,6 +178,8 @@ def test_multiple_choice_is_told_how_to_do_without():
     ids = torch.ones(2, 3, 9, dtype=torch.int64)
     with pytest.raises(CaptureError, match=r"shape \(2, 3, 9\)"):
         capture(transformers.BertForMultipleChoice(config), example={"input_ids": ids})
+    with pytest.raises(CaptureError, match=r"(?s)shape \(9,\).*give a batch of texts"):
+        capture(tiny("bert"), example={"input_ids": torch.arange(9)})
 
 
 class Written(nn.Module):
