@@ -16,7 +16,7 @@ import torch
 from .. import run_int
 from ..capture import Captured
 from ..errors import CheckpointError, ConfigError
-from ..files import FORMAT, INFO, checksum, make_folder, read_json, write_atomic, write_json
+from ..files import FORMAT, INFO, check_stage, checksum, make_folder, read_json, write_atomic, write_json
 from ..model import QuantModel
 from ..program import PROGRAM, load_program, save_program
 from ..qconfig import QConfig
@@ -89,6 +89,7 @@ class IntModel(QuantModel):
         if self.stage != "int":
             do = "convert without stop_after; until then the qat model is what can be saved"
             raise ConfigError(f"the model is still at stage {self.stage}", do=do)
+        check_stage(Path(path), "int")
         folder = make_folder(path)
         save_program(self.gm, folder, self.output_names)
         write_atomic(folder / RUNNER.name, lambda name: copyfile(RUNNER, name))

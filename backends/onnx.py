@@ -46,7 +46,7 @@ class ExportReport:
     summary: Summary | None = None
 
     def __str__(self) -> str:
-        size = f"{self.bytes / 2**20:.1f} MiB"
+        size = f"{self.bytes / 1e6:.1f} MB"
         made = f"{self.target}, opset {self.opset}, {self.nodes} nodes, {self.quantizers} quantizers, {size}"
         return f"{self.path}: {made}" + (f"\n{self.summary}" if self.summary is not None else "")
 

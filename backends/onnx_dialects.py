@@ -124,19 +124,19 @@ def _demand_symmetric(site: str, zero_point: int, qmin: int, qmax: int) -> None:
 
 
 def opset_for(dialect: Dialect, nodes: Iterable[ir.Node], dtypes: Mapping[ir.Value, torch.dtype]) -> int:
-    """20 has Gelu; QuantizeLinear and DequantizeLinear know 16-bit codes from 21 on.
-
-    Cast knows 4-bit integers from 21 on, 2-bit ones from 25 on.
-    """
+    """20 has Gelu; QuantizeLinear and DequantizeLinear know 16-bit codes from 21 on."""
     nodes = list(nodes)
-    stored = {str(dtypes.get(v)) for n in nodes if n.op_type == "Cast" for v in n.inputs if v is not None}
-    if stored & {"torch.int2", "torch.uint2"}:
-        return 25
-    if stored & {"torch.int4", "torch.uint4"}:
-        return max(dialect.opset, 21)
+    if stored := opset_of_casts(nodes, dtypes):
+        return max(dialect.opset, stored)
     codes = [v for n in nodes if n.op_type.endswith("QuantizeLinear") for v in n.outputs]
     codes += [v for n in nodes if n.op_type == "DequantizeLinear" for v in n.inputs[:1] if v is not None]
     return max(dialect.opset, 21 if any(dtypes.get(v) in (torch.int16, torch.uint16) for v in codes) else 20)
+
+
+def opset_of_casts(nodes: Iterable[ir.Node], dtypes: Mapping[ir.Value, torch.dtype]) -> int:
+    """Cast knows 4-bit integers from 21 on, 2-bit ones from 25 on; 0 where there is none of them."""
+    stored = {str(dtypes.get(v)) for n in nodes if n.op_type == "Cast" for v in n.inputs if v is not None}
+    return 25 if stored & {"torch.int2", "torch.uint2"} else 21 if stored & {"torch.int4", "torch.uint4"} else 0
 
 
 def emit_quantize(

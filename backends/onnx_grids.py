@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from .onnx_builder import Builder, Grid
 
+WORTH = 64  # elements of a constant that is worth a Cast
+
 
 def is_subbyte(dtype: torch.dtype) -> bool:
     """2- and 4-bit types: Reshape, Transpose and Cast take them, other ops do not."""
@@ -64,6 +66,23 @@ class GridBuilder(Builder):
             packed = self.constant(array.astype(narrow), f"{codes.name}/{narrow}")
             self._stored[codes] = self.Cast(packed, to=int(ir.DataType.from_numpy(array.dtype)))
         return self._stored[codes]
+
+    def pack_constants(self) -> None:
+        """Store every constant of 8-bit codes that fit 2 or 4 bits so, and cast it back: once all nodes are there."""
+        before, self.nodes = self.nodes, []
+        for name, codes in list(self.initializers.items()):
+            array = codes.const_value.numpy() if codes.const_value is not None else None
+            narrow = narrowest(array) if array is not None and array.size >= WORTH else None
+            if array is None or narrow is None:
+                continue
+            self.site = name
+            wide = self.Cast(
+                self.constant(array.astype(narrow), f"{name}/{narrow}"), to=int(ir.DataType.from_numpy(array.dtype))
+            )
+            self.describe(wide, self.types[codes], self._dims[codes])
+            codes.replace_all_uses_with(wide)
+            del self.initializers[name]
+        self.nodes += before
 
     def narrowed(self, codes: ir.Value) -> ir.Value:
         """With ``subbyte``: constant 8-bit codes in the narrowest type that holds them; anything else as it is."""

@@ -1,6 +1,8 @@
 """Writes an int graph as ONNX of integer operators: no QuantizeLinear, no float but the scales of the results.
 
 Opset 18 is the lowest of the standard that has all of it: BitwiseAnd, BitwiseXor, and ReduceMax with axes as an input.
+Constants of 2 and 4 bits are stored so, behind a Cast that runtimes compute when they load the file; it takes opset 21
+(4 bits) or 25 (2 bits).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ..op import Op
 from ..run_int import ROUNDING
 from .onnx import ExportReport, model_of, write_checked
 from .onnx_codes import Hook
-from .onnx_dialects import Container, along, dialect_of
+from .onnx_dialects import Container, along, dialect_of, opset_of_casts
 from .onnx_emitter import Emitter, arguments_of, op_name
 from .onnx_grids import GridBuilder
 from .onnx_runtime import OnnxModel
@@ -100,7 +102,9 @@ def export_integer(
     )
     emitter = IntegerEmitter(gm, dialect_of("spec"), shown, False, GridBuilder())
     emitter.run(list(input_names), list(output_names))
-    model = model_of(emitter, OPSET, {"target": TARGET, **(metadata or {})})
+    emitter.g.pack_constants()
+    opset = max(OPSET, opset_of_casts(emitter.g.nodes, emitter.g.types))
+    model = model_of(emitter, opset, {"target": TARGET, **(metadata or {})})
     left = floats_of(model)
     if left:
         raise LoweringError(f"{len(left)} nodes of the file would compute floats", where=left[0], do="report it")
@@ -109,7 +113,7 @@ def export_integer(
     return ExportReport(
         path=file,
         target=TARGET,
-        opset=OPSET,
+        opset=opset,
         nodes=len(model.graph.node),
         quantizers=sum(op_name(n) in ROUNDING for n in gm.graph.nodes),
         bytes=size,

@@ -393,6 +393,8 @@ def write_report() -> None:
         f"Written by `benchmarks/latency.py`: {ARGS.threads} threads, a new process per model and round, in turn.",
         "ms: median of the rounds' medians (least to largest); x: median over the rounds of ONNX Runtime fp32 / this.",
         "Cosine, largest and relative difference: first output against PyTorch fp32, one batch (MiniLM: token means).",
+        "peak MB: rise above a process that has loaded torch and kdlsq_fx (some 220 MB, which ONNX Runtime alone does "
+        "not need).",
         f"{machine('cpu')}, {os.cpu_count()} cores, {datetime.date.today()}; load {os.getloadavg()[0]:.1f} at the end.",
         f"{', '.join(versions())}.", "",
     ]  # fmt: skip

@@ -55,7 +55,9 @@ def calibrate(
     """
     quantizers = _quantizers(model)
     if not quantizers:
-        raise CalibrationError("the model has no quantizers", do="call prepare_qat(model, qconfig) first")
+        raise CalibrationError(
+            "the model has no quantizers", do="prepare_qat(model, qconfig) puts them in, by rules that name some"
+        )
     _check_weights(quantizers)
     acts = {name: q for name, q in quantizers.items() if q.role == "act"}
     with _observing(model, acts), torch.no_grad():
@@ -108,7 +110,10 @@ def _call(model: nn.Module, batch: Any) -> None:
     elif isinstance(batch, Tensor):
         model(moved(batch))
     else:
-        raise InputError(f"a batch is a dict, a tuple or a tensor, got {type(batch).__name__}", where="calibrate")
+        do = "give a list of batches: one dict of tensors stands in a list, [batch]"
+        raise InputError(
+            f"a batch is a dict, a tuple or a tensor, got {type(batch).__name__}", where="calibrate", do=do
+        )
 
 
 def _bar(batches: Iterable[Any], progress: bool, most: int | None) -> Iterable[Any]:

@@ -51,6 +51,7 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Any = None
     Raises:
         CaptureError: names the construct or the op that has no meaning here, and its site.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     if isinstance(model, torch.export.ExportedProgram):
         return _from_graph(model.module(check_guards=False))
     if not isinstance(model, nn.Module):

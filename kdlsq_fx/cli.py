@@ -68,12 +68,11 @@ def _convert(commands: Any) -> None:
 
 def run_convert(args: argparse.Namespace) -> int:
     from kdlsq_fx.api import convert, from_pretrained
-    from kdlsq_fx.files import WEIGHTS, check_folder, model_bytes, read_info, stage_of
+    from kdlsq_fx.files import check_folder, check_stage, model_bytes, read_info
 
     _check_order("convert", args.qat, args.out)
     read_info(args.qat)
-    if (args.out / WEIGHTS).exists() and stage_of(args.out) != "int":
-        raise ConfigError("another model stands in the output folder", where=str(args.out), do="name a new folder")
+    check_stage(args.out, "int")
     check_folder(args.out)
     program = convert(from_pretrained(args.qat), allow_islands=args.allow_islands or None)
     program.save_pretrained(args.out)

@@ -122,4 +122,5 @@ def table(results: Mapping[str, list[dict[str, Any]]], shapes: Sequence[str], *,
             load = f"{statistics.median(r['load_s'] for r in rounds):.2f}"
             peak = f"{max(r['peak_mb'] for r in rounds):.0f}"
             rows.append((name, shape, f"{statistics.median(medians):.1f}", spread, f"{ratio:.2f}", load, peak))
-    return columns(("model", "shape", "ms", "rounds", "x fp32", "load s", "peak MB"), rows)
+    told = "peak MB: above a process that has loaded torch and kdlsq_fx, which ONNX Runtime alone does not need"
+    return columns(("model", "shape", "ms", "rounds", "x fp32", "load s", "peak MB"), rows) + f"\n{told}"

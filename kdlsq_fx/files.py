@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .errors import CheckpointError, ConfigError
@@ -164,6 +164,25 @@ def read_json(path: Path, *, newest: int = FORMAT) -> dict[str, Any]:
 def stage_of(folder: Path) -> str:
     """``qat`` or ``int`` of a folder of ours, ``""`` of any other."""
     return str(read_json(folder / INFO).get("stage", "")) if (folder / INFO).is_file() else ""
+
+
+def check_stage(folder: Path, stage: str) -> None:
+    """CheckpointError where a model of another kind stands that one of this stage would overwrite: of another stage, or
+    a float model."""
+    found = stage_of(folder) or ("float" if _holds_floats(folder / WEIGHTS) else stage)
+    if found != stage:
+        what = f"a {found} model stands in {folder}"
+        raise CheckpointError(what, do=f"name another folder for the {stage} model, or remove what is there")
+
+
+def _holds_floats(path: Path) -> bool:
+    """True of a safetensors file that neither we wrote nor a trainer that saved one of our models."""
+    try:
+        with safe_open(path, "np") as file:
+            ours = "layout" in (file.metadata() or {}) or any("_lsq." in name for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False
+    return not ours
 
 
 def read_info(folder: Path) -> dict[str, Any]:

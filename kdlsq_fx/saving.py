@@ -16,6 +16,7 @@ from .files import (
     FORMAT,
     INFO,
     WEIGHTS,
+    check_stage,
     checksum,
     make_folder,
     not_finite,
@@ -56,6 +57,7 @@ def save_qat(qat: QuantModel, path: str | Path, tokenizer: Any = None) -> Path:
     if broken:
         do = "go back to a checkpoint from before the training diverged"
         raise CheckpointError(f"nothing is saved in {path}: a parameter is NaN or infinite", where=broken, do=do)
+    check_stage(Path(path), "qat")
     folder = make_folder(path)
     write_tensors(folder / WEIGHTS, qat.gm.state_dict())
     example = {k: v for k, v in qat.example.items() if isinstance(v, torch.Tensor)}

@@ -51,7 +51,9 @@ class Summary:
     def __str__(self) -> str:
         size = f"{self.after / 1e6:.1f} MB"
         if self.before:
-            size = f"{self.before / 1e6:.1f} MB of float32 weights -> {size}, {self.before / self.after:.1f}x smaller"
+            times = self.before / self.after
+            how = f"{times:.1f}x smaller" if times > 1 else "no smaller"
+            size = f"{self.before / 1e6:.1f} MB of float32 weights -> {size}, {how}"
         table = columns(("op", "count", "runs in", "because"), [(r.op, r.count, r.where, r.why) for r in self.rows])
         return "\n".join((size, *self.notes, table))
 

@@ -171,6 +171,15 @@ def test_what_a_models_own_code_says_is_passed_on(capfd):
     assert "traced" in capfd.readouterr().err
 
 
+def test_a_compiled_model_is_captured_as_what_it_was_made_of():
+    model = tiny("bert").eval()
+    data = for_model(model, batch())
+    with torch.no_grad():
+        found = capture(torch.compile(model))
+        found.gm.eval()
+        torch.testing.assert_close(run(found, data)[0], eager(model)(**data).logits, rtol=0, atol=0)
+
+
 def test_multiple_choice_is_told_how_to_do_without():
     config = tiny("bert").config
     with pytest.raises(CaptureError, match="score every choice as a row"):

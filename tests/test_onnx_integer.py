@@ -143,6 +143,21 @@ def test_the_file_holds_integers_only(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("preset,bits,opset", [("W2E2A8-int", 2, 25), ("W4E4A8-int", 4, 21), ("W8E8A8-int", 8, 18)])
+def test_narrow_constants_are_stored_narrow(preset: str, bits: int, opset: int, tmp_path: Path) -> None:
+    """The file of a wide model is about as large as its codes; what runs on it is compared bit for bit above."""
+    qat = prepare_qat(livelier(tiny("bert")), preset)
+    calibrate(qat, [batch(8, 13)], progress=False)
+    qat.eval()
+    report = export_onnx(qat, tmp_path / "int.onnx", target="integer")
+    file = onnx.load(tmp_path / "int.onnx")
+    names = {2: "INT2", 4: "INT4", 8: "INT8"}
+    types = {onnx.TensorProto.DataType.Name(i.data_type) for i in file.graph.initializer if len(i.dims) == 2}
+    assert report.opset == opset == file.opset_import[0].version
+    assert names[bits] in types and ("INT8" in types) == (bits == 8)
+    equal_at_every_site(convert(qat), optimize=True)
+
+
 def test_integer_only_finds_floats(tmp_path: Path) -> None:
     """A qdq file is full of them; one float detour in an integer file is named; a result that goes on is no result."""
     qat = calibrated("W8E8A8-int")

@@ -341,6 +341,24 @@ def test_damaged_folders(tmp_path):
         qat.save_pretrained(tmp_path / "file" / "qat")
 
 
+def test_no_save_overwrites_a_model_of_another_kind(tmp_path):
+    model = tiny("bert")
+    model.save_pretrained(tmp_path / "float")
+    qat = kq.prepare_qat(model, "W8E8A8")
+    kq.calibrate(qat, [batch()], progress=False)
+    int_model = kq.convert(qat.eval())
+    qat.save_pretrained(tmp_path / "qat")
+    int_model.save_pretrained(tmp_path / "int")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for own, others in ((qat, ("float", "int")), (int_model, ("float", "qat"))):
+        for other in others:
+            with pytest.raises(CheckpointError, match=f"a {other} model stands in"):
+                own.save_pretrained(tmp_path / other)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    qat.save_pretrained(tmp_path / "qat")
+    int_model.save_pretrained(tmp_path / "int")
+
+
 def test_a_folder_mixed_of_two_saves_is_refused(tmp_path):
     """What a save leaves that was stopped between its files, and what a flipped bit does."""
     for preset in ("W4E4A8", "W8E8A8"):
