@@ -17,7 +17,7 @@ from typing import Any
 from common import HERE, origin, say
 
 from kdlsq_fx import demo
-from kdlsq_fx.files import write_json, write_text
+from kdlsq_fx.files import make_folder, write_json, write_text
 
 RESULTS = HERE / "results" / "demo"
 PRESETS = ("W8E8A8", "W4E4A8", "W2E2A8")
@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/demo"), help="folder of the runs")
     parser.add_argument("--report", action="store_true", help="only write demo.md again")
     args = parser.parse_args()
+    make_folder(RESULTS)
     failed = 0
     for preset in () if args.report else PRESETS:
         folder = args.runs / preset
