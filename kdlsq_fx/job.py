@@ -26,6 +26,7 @@ from kdlsq_fx import metrics, processes
 from kdlsq_fx.errors import ConfigError, InputError
 from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.files import INFO, write_folder
+from kdlsq_fx.lsq import Lsq
 from kdlsq_fx.opening import load_task_model
 from kdlsq_fx.qconfig import QConfig, QSpec
 from kdlsq_fx.train import Fit, Source, fit
@@ -192,14 +193,18 @@ def calibrated(
 
 
 def _take_weights(qat: Any, other: Any) -> None:
-    """Weights and the scales of common sites from another student; InputError where the two are not the same model."""
+    """Weights and the scales of common sites from another student, of quantizers with the same range; InputError where
+    the two are not the same model."""
     own, given = dict(qat.gm.named_parameters()), other.gm.state_dict()
     weights = [name for name in own if "_lsq." not in name]
     missing = [name for name in weights if name not in given or given[name].shape != own[name].shape]
     if missing:
         what = f"the student to begin with lacks {len(missing)} of {len(weights)} weights, {missing[0]} for one"
         raise InputError(what, where="begin_with", do="begin with a student of the same model")
-    qat.gm.load_state_dict(given, strict=False)  # quantizers of other sites keep theirs
+    for name, module in qat.gm.named_modules():
+        if isinstance(module, Lsq) and not module.fits(given, f"{name}."):
+            given = {k: v for k, v in given.items() if not k.startswith(f"{name}.")}
+    qat.gm.load_state_dict(given, strict=False)  # other quantizers keep theirs
 
 
 def minmax(qconfig: QConfig) -> QConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -66,7 +67,8 @@ class Lsq(nn.Module):
                      papers' own quantity, so that their learning rates keep their meaning.
     ``floor``        2**-10 of the first ``raw``: the scale is made from ``max(raw, floor)`` and so is positive; a
                      training forward also moves ``raw`` back up to it. See :class:`AtLeast` for the gradient.
-    ``ready``        False until a scale was set by :meth:`init_from` or :meth:`finish`; saved in the state dict.
+    ``ready``        0 until a scale was set by :meth:`init_from` or :meth:`finish`, then the number of codes that it is
+                     for; saved in the state dict, which a quantizer of another range refuses.
     ``features``     elements per sample (act) or of the layer's weight: the N of LSQ's gradient scale.
     ``site``         where it stands, for errors.
     Works in float32 and float64; an input of another float type is computed in the type of ``raw``.
@@ -94,7 +96,7 @@ class Lsq(nn.Module):
         else:
             self.register_buffer("raw", raw)
         self.register_buffer("floor", torch.zeros_like(raw))
-        self.register_buffer("ready", torch.tensor(False))
+        self.register_buffer("ready", torch.tensor(0))
         self.register_buffer("features", torch.tensor(float(numel)))
         self.clipped = float("nan")  # share of the calibration sample, or of the weight, that was cut off
         self._observer: Observer | None = None
@@ -186,7 +188,16 @@ class Lsq(nn.Module):
     def _set_raw(self, value: Tensor) -> None:
         self.raw.copy_(value.reshape(self.raw.shape))
         self.floor.copy_(self.raw * FLOOR)
-        self.ready.fill_(True)
+        self.ready.fill_(self._codes_of_range)
+
+    @property
+    def _codes_of_range(self) -> int:
+        return self.qmax - self.qmin + 1
+
+    def fits(self, state: Mapping[str, Any], prefix: str = "") -> bool:
+        """Whether a scale in a state dict is for this range; True where it holds none."""
+        known = int(state.get(f"{prefix}ready", 0))
+        return known in (0, self._codes_of_range)
 
     def check_ready(self) -> None:
         """CalibrationError unless a scale was set."""
@@ -260,9 +271,16 @@ class Lsq(nn.Module):
     def _fake_quantize(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state: Any, prefix: str, *others: Any) -> None:
+        if not self.fits(state, prefix):
+            _, _, _, _, errors = others
+            errors.append(
+                f"{prefix[:-1]}: the state's scale is for {int(state[f'{prefix}ready'])} codes, this quantizer has "
+                f"{self._codes_of_range}: prepare the model with the qconfig that the state is from"
+            )
+            return
         self._known_ready = False
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state, prefix, *others)
 
     def extra_repr(self) -> str:
         axis = "" if self.spec.axis is None else f", axis={self.spec.axis}"

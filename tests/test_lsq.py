@@ -297,6 +297,20 @@ def test_refusals():
             make_quantizer(spec, role=role, channels=channels)
 
 
+@pytest.mark.parametrize("other", [QSpec(bits=2), QSpec(bits=4, quantizer="lsq"), QSpec(bits=8)])
+def test_a_state_for_another_range_is_refused(other):
+    """W4's scales in a W2 model would compute nonsense and say nothing."""
+    a, b = make_quantizer(QSpec(bits=4), role="act"), make_quantizer(other, role="act")
+    for q in (a, b):
+        q.init_from(torch.randn(4, 8))
+    before = b.scale.clone()
+    with pytest.raises(
+        RuntimeError, match=r"is for 15 codes, this quantizer has \d+: prepare the model with the qconfig"
+    ):
+        b.load_state_dict(a.state_dict())
+    assert torch.equal(b.scale, before)
+
+
 def test_state_dict_carries_all_and_readiness():
     x = torch.randn(4, 8)
     for name in ("lsq", "lsq+", "kdlsq", "minmax", "ema"):
