@@ -67,21 +67,18 @@ class GridBuilder(Builder):
             self._stored[codes] = self.Cast(packed, to=int(ir.DataType.from_numpy(array.dtype)))
         return self._stored[codes]
 
-    def pack_constants(self) -> None:
-        """Store every constant of 8-bit codes that fit 2 or 4 bits so, and cast it back: once all nodes are there."""
-        before, self.nodes = self.nodes, []
+    def pack_constants(self, least: int) -> None:
+        """:meth:`stored` for every constant, with types of ``least`` bits and more: once all nodes are there."""
+        self.packed, self.nodes, before = least, [], self.nodes
         for name, codes in list(self.initializers.items()):
-            array = codes.const_value.numpy() if codes.const_value is not None else None
-            narrow = narrowest(array) if array is not None and array.size >= WORTH else None
-            if array is None or narrow is None:
+            if codes.const_value is None or codes.const_value.size < WORTH:
                 continue
             self.site = name
-            wide = self.Cast(
-                self.constant(array.astype(narrow), f"{name}/{narrow}"), to=int(ir.DataType.from_numpy(array.dtype))
-            )
-            self.describe(wide, self.types[codes], self._dims[codes])
-            codes.replace_all_uses_with(wide)
-            del self.initializers[name]
+            wide = self.stored(codes)
+            if wide is not codes:
+                self.describe(wide, self.types[codes], self._dims[codes])
+                codes.replace_all_uses_with(wide)
+                del self.initializers[name]
         self.nodes += before
 
     def narrowed(self, codes: ir.Value) -> ir.Value:

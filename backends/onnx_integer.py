@@ -102,7 +102,7 @@ def export_integer(
     )
     emitter = IntegerEmitter(gm, dialect_of("spec"), shown, False, GridBuilder())
     emitter.run(list(input_names), list(output_names))
-    emitter.g.pack_constants()
+    emitter.g.pack_constants(2)
     opset = max(OPSET, opset_of_casts(emitter.g.nodes, emitter.g.types))
     model = model_of(emitter, opset, {"target": TARGET, **(metadata or {})})
     left = floats_of(model)

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 def hushed() -> Iterator[None]:
     """Hold back torch's log lines, and what is written to stderr (a failed torch.export prints its whole graph there).
 
-    Text that the model's own code wrote is passed on. Logs that ``TORCH_LOGS`` asks for have
-    loggers with levels of their own and still appear.
+    Text that the model's own code wrote is passed on. Logs that ``TORCH_LOGS`` asks for have loggers with levels of
+    their own and still appear.
     """
     logger, held = logging.getLogger("torch"), io.StringIO()
     level = logger.level

@@ -36,7 +36,7 @@ def infer_types(gm: fx.GraphModule, *, after_pass: str = "") -> dict[fx.Node, Ty
     mode = next((t.value.fake_mode for t in known.values() if hasattr(t.value, "fake_mode")), None)
     if mode is None:
         return {}
-    with mode, torch.no_grad():
+    with hushed(), mode, torch.no_grad():
         for node in gm.graph.nodes:
             if node.op == "get_attr":
                 known[node] = Typed(_constant(mode, fetch(gm, str(node.target))))
@@ -55,8 +55,7 @@ def _called(node: fx.Node, known: dict[fx.Node, Typed], after_pass: str) -> Type
         return Typed(node.meta.get("val", operands[0] if operands else None), operands)
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n].value)
     try:
-        with hushed():
-            return Typed(node.target(*args, **kwargs))  # type: ignore[operator]
+        return Typed(node.target(*args, **kwargs))  # type: ignore[operator]
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         what = f"its operands do not fit: {lines[0][:200]}"

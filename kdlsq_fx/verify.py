@@ -21,10 +21,10 @@ def verify(gm: fx.GraphModule, *, after_pass: str = "") -> None:
     """Raise VerifyError (CaptureError straight after capture) where ``gm`` breaks a promise of its stage.
 
     Every stage: each call is a declared op and each site is unique. float: no quantizer. qat: every operand that a
-    rule names reads a quantizer, and no quantizer another. qdq: no module is left; scales are
-    finite and positive; a dequantize undoes the quantize before it with the same scale and zero point. int: every
-    float op is a listed island, and none is left where the graph is marked integer_only; no accumulator and no
-    intermediate of a primitive can overflow.
+    rule names reads a quantizer, and no quantizer another. qdq: no module is left; scales are finite and positive; a
+    dequantize undoes the quantize before it with the same scale and zero point. int: every float op is a listed
+    island, and none is left where the graph is marked integer_only; no accumulator and no intermediate of a primitive
+    can overflow.
     """
     stage = gm.meta.get("stage")
     if stage not in STAGES:
