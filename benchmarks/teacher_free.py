@@ -55,6 +55,9 @@ def main() -> int:
     p.add_argument("--tasks", nargs="+", default=["mrpc", "rte"])
     p.add_argument("--seeds", nargs="+", type=int, default=[42])
     p.add_argument("--preset", default="W4E4A8")
+    p.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the products in students' training"
+    )
     p.add_argument("--epochs", type=float, default=3)
     p.add_argument("--loss", default="hsk")
     p.add_argument("--compress", default=PAPER)
@@ -170,6 +173,7 @@ def scores(task: str, seed: int, args: argparse.Namespace) -> None:
         compress = kq.Compression.parse(args.compress, separator=tokenizer.sep_token_id)
     distil = {"loss": args.loss, "compress": compress, "schedule": args.schedule}
     settings = job.Settings(epochs=args.epochs, lr=LR[args.preset.partition("-")[0]], seed=seed)
+    settings = replace(settings, precision=args.precision)
     began = time.perf_counter()
     plan = kq.distill(kq.prepare_qat(teacher, args.preset), teacher, **distil).to(device)
     cache = kq.build_cache(plan, dataset.train, out / f"cache-{name}", tokenizer=tokenizer)
@@ -222,7 +226,8 @@ def write_report() -> None:
             "|---" * 8 + "|",
         ]
         lines += score_lines(scored)
-        lines += ["", where(scored[0], "headline score of all of dev, last step, mean ± spread over the seeds")]
+        lines += ["", where(scored[0], f"headline score of all of dev, last step, mean ± spread over the seeds; "
+                        f"students trained with {scored[0]['settings']['precision']} products")]  # fmt: skip
     REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

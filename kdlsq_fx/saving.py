@@ -113,7 +113,11 @@ def load_qat(folder: Path, prepare: Callable[..., QuantModel], model: nn.Module 
     if checksum(folder / WEIGHTS) != info["weights"]:
         do = "save the model again, or copy the whole folder"
         raise CheckpointError(f"{folder / WEIGHTS} is not the file that {INFO} was written for", do=do)
-    qat.gm.load_state_dict(tensors)
+    try:
+        qat.gm.load_state_dict(tensors)
+    except RuntimeError as error:
+        where, do = str(error).splitlines()[-1].strip(), "make the folder anew with this version of kdlsq_fx"
+        raise CheckpointError(f"{folder / WEIGHTS} does not fit the graph", where=where, do=do) from error
     return qat.eval()
 
 

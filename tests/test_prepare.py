@@ -400,6 +400,16 @@ def test_a_save_that_was_stopped_is_refused_until_the_next_one(tmp_path, monkeyp
     torch.testing.assert_close(kq.from_pretrained(tmp_path)(**inputs).logits, saved + 1)
 
 
+def test_a_folder_whose_scales_are_of_other_ranges_is_refused(tmp_path):
+    """As a version wrote it that counted codes in another way: its files agree with each other."""
+    qat = calibrated(tiny("bert"), "W4E4A8")
+    name, quantizer = next((n, m) for n, m in qat.gm.named_modules() if isinstance(m, Lsq))
+    quantizer.ready.fill_(1)
+    qat.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"(?s)does not fit the graph.*{name}.*is for 1 codes.*make the folder"):
+        kq.from_pretrained(tmp_path)
+
+
 def test_other_modules_save_and_load(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))

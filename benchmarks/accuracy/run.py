@@ -99,7 +99,8 @@ def work(job: pool.Job) -> str:
     _, _, logits = _measured(model, dataset)
     student, curves = trial.train_row(
         train, model.cpu(), row, job["bits"], seed=job["seed"], steps=job["steps"], lr=lr, batch_size=BATCH,
-        out=out, watch=job["seed"] == SEEDS[0] and not dataset.task.spans,  # SQuAD's dev takes as long as the training
+        precision=job["precision"], out=out,
+        watch=job["seed"] == SEEDS[0] and not dataset.task.spans,  # SQuAD's dev takes as long as the training
     )  # fmt: skip
     shutil.rmtree(out, ignore_errors=True)
     return _keep(job | {"lr_used": lr}, dataset, student, curves, logits)
@@ -115,7 +116,7 @@ def _measured(model: Any, dataset: data.Dataset) -> Any:
 
 def _keep(job: pool.Job, dataset: data.Dataset, model: Any, curves: dict[str, Any], teacher: Any) -> str:
     scores, guess, logits = _measured(model, dataset)
-    keys = ("task", "seed", "row", "bits", "steps", "lr_used")
+    keys = ("task", "seed", "row", "bits", "steps", "lr_used", "precision")
     found = {k: job[k] for k in keys if k in job} | {"batch_size": BATCH, "score": scores}
     if teacher is not None:
         found["distance"] = trial.distance(dataset, logits, teacher)
@@ -139,6 +140,11 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--table", choices=("rates", "core", "full"), default="core")
     p.add_argument("--tasks", nargs="+", choices=trial.TASKS, help="only these")
+    p.add_argument("--bits", nargs="+", type=int, choices=(2, 4, 8), default=(2, 4, 8), help="only these")
+    p.add_argument("--seeds", nargs="+", type=int, default=(*SEEDS, RATE_SEED), help="only these")
+    p.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the matrix products in a student's training"
+    )
     p.add_argument(
         "--data", type=Path, default=HERE.parents[2] / "shared" / "data", help="folder with the task folders"
     )
@@ -151,9 +157,11 @@ def main() -> int:
     left = 0
     if not args.report:
         common = {"data": str(args.data.resolve()), "runs": str(args.runs.resolve()), "device": args.device}
+        common |= {"precision": args.precision}
         args.runs.mkdir(parents=True, exist_ok=True)
         wanted = jobs_of("rates") + (jobs_of(args.table) if args.table != "rates" else [])
-        wanted = [j for j in wanted if not args.tasks or j["task"] in args.tasks]
+        wanted = [j for j in wanted if j["task"] in (args.tasks or trial.TASKS)]
+        wanted = [j for j in wanted if j["bits"] in args.bits and j["seed"] in args.seeds]
         first = {(j["task"], j["seed"]): _job(j["task"], j["seed"], "fp32", 32, steps=0) for j in wanted}
         jobs = [j | common for j in (*first.values(), *wanted) if not path_of(j).exists()]
         left = len(

@@ -82,7 +82,7 @@ def teacher_of(dataset: data.Dataset, tokenizer: Any, seed: int, out: Path) -> n
 
 def train_row(
     dataset: data.Dataset, teacher: nn.Module, row: Row, bits: int, *, seed: int, steps: int, lr: float,
-    batch_size: int, out: Path, watch: bool = False,
+    batch_size: int, precision: str, out: Path, watch: bool = False,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     """The qat student of a row (in eval mode, on the device) and its curves."""
     settings = job.Settings(batch_size=batch_size, seed=seed)
@@ -97,7 +97,7 @@ def train_row(
     loop.to(dataset.device)
     curves = Curves(qat, dataset, steps, watch)
     fit(
-        loop, dataset.train, out_dir=out, steps=steps, lr=lr, batch_size=batch_size, seed=seed,
+        loop, dataset.train, out_dir=out, steps=steps, lr=lr, batch_size=batch_size, seed=seed, precision=precision,
         groups=kq.param_groups(loop, lr=lr), save_seconds=1e9, on_step=curves, title=out.name,
     )  # fmt: skip
     return qat.eval(), curves.found(out)
