@@ -28,6 +28,8 @@ def add(commands: Any) -> None:
     p.add_argument("--data", required=True, help=DATA_HELP)
     p.add_argument("--budget", default="", help="sizes of model.safetensors, such as 6MiB,8MiB,11MiB,16MiB")
     p.add_argument("--latency", type=positive, metavar="MS", help="most milliseconds of a text of 128 tokens")
+    text = "most bit operations of a text of 128 tokens, in 1e9: multiply-adds times the bits of both factors"
+    p.add_argument("--bit-operations", type=positive, metavar="G", help=text)
     p.add_argument("--sensitivity", action="store_true", help="train nothing, only measure each weight at fewer bits")
     p.add_argument("--out", type=Path, default=Path("runs/family"), help="output folder; a run found in it goes on")
     p.add_argument("--qconfig", default="W8E8A8", help="preset or JSON file for all but the widths of the weights")
@@ -41,9 +43,11 @@ def add(commands: Any) -> None:
     p.add_argument("--max-length", type=at_least(4), help="tokens of a row")
     p.add_argument("--seed", type=at_least(0), default=42, help="of the order of rows, the draws, the rows held out")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the matrix products in training")
-    p.add_argument("--held-out", type=at_least(1), default=500, help="rows of train that only choose members")
-    p.add_argument("--calibration", type=at_least(1), default=128, help="rows of train that losses are measured on")
-    p.add_argument("--candidates", type=at_least(1), default=6, help="members of a budget measured on rows held out")
+    p.add_argument("--held-out", type=at_least(1), default=500, help="rows of train that only the search reads")
+    text = "so many of them make its tables, the others choose members"
+    p.add_argument("--calibration", type=at_least(1), default=128, help=text)
+    text = "members of a budget that those others are asked about"
+    p.add_argument("--candidates", type=at_least(1), default=6, help=text)
     add_device(p)
 
 
@@ -80,10 +84,15 @@ def run(args: argparse.Namespace) -> int:
     if args.sensitivity:
         plan = replace(plan, steps=0, leave_out=0)
     belongs_to(make_folder(made), {"plan": {**asdict(plan), "qconfig": qconfig.to_dict()}})
+    limits = {"ms": args.latency, "bitops": args.bit_operations and args.bit_operations * 1e9}
+    limits = {cost: most for cost, most in limits.items() if most}
+    if budgets:
+        model = opening.load_task_model(source, dataset.task, seed=args.seed)
+        family_job.check(model, dataset, plan, made, size=min(budgets.values()), most_ms=args.latency)
     start = job.start_model(source, dataset, tokenizer, out=out, settings=fp32)
     task = family_job.Job(start, dataset, held_out, plan, made)
     with resumable(out):
-        return _look(task) if args.sensitivity else _write(task, budgets, tokenizer, args.latency)
+        return _look(task) if args.sensitivity else _write(task, budgets, tokenizer, limits)
 
 
 def _look(task: Any) -> int:
@@ -95,14 +104,13 @@ def _look(task: Any) -> int:
     return 0
 
 
-def _write(task: Any, budgets: dict[str, float], tokenizer: Any, most_ms: float | None) -> int:
+def _write(task: Any, budgets: dict[str, float], tokenizer: Any, limits: dict[str, float]) -> int:
     from kdlsq_fx import family_job, family_report
 
-    task.check(list(budgets.values()))
     say(f"{len(task.family.switches)} weights of {len(task.family.bits)} widths, {task.family.blocks} blocks")
     task.train()
     family_report.write_sensitivity(task)
-    rows = family_job.run(task, budgets, tokenizer, most_ms=most_ms, say=say)
+    rows = family_job.run(task, budgets, tokenizer, limits=limits, say=say)
     print(family_report.write_table(task, rows))
     say(f"written to {task.out}: table.md, table.json, pareto.svg, sensitivity.svg and a folder for each budget")
     return 0

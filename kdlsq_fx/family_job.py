@@ -2,9 +2,9 @@
 
 out/fp32/              the fine-tuned model, where one was not given
 out/family/            the trained weights and the scales of every width
-out/losses.json        what was measured, one change at a time; sensitivity.md, .json and .svg show it
+out/losses.json        one change at a time, on other rows held out; sensitivity.md, .json and .svg show it
 out/largest/int/       the largest member, from which sizes are known
-out/held_out.json      candidates, measured on rows of train that nothing was trained on
+out/held_out.json      candidates, measured on rows held out of train
 out/<budget>/          a member: qat/, int/ and rules.json, which prepare_qat takes
 out/table.md, table.json, pareto.svg
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kdlsq_fx import data as kd_data
 from kdlsq_fx import job
@@ -30,7 +31,7 @@ from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.family import WIDTHS, Family, Member, make_family
 from kdlsq_fx.family_search import Tables, best, check_budgets, near, refuse_below, steps_from, within
-from kdlsq_fx.family_tables import Losses, latency, lower_bound, make_tables, output_distance, stored_bytes
+from kdlsq_fx.family_tables import Losses, Sizes, latency, make_tables, output_distances
 from kdlsq_fx.files import INFO, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from kdlsq_fx.train import fit
 from kdlsq_fx.watching import progress
@@ -43,9 +44,9 @@ UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2*
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a family is made and searched. ``steps`` 0: nothing is trained. ``calibration``: rows of train that losses
-    are measured on; ``candidates``: members of a budget that are measured on the rows held out; ``rounds``: how often
-    tables are made again around the best member of a budget, to search on from there."""
+    """How a family is made and searched. ``steps`` 0: nothing is trained. ``calibration``: so many of the rows held out
+    are those that tables are made on, the others choose; ``candidates``: members of a budget that the others are asked
+    about; ``rounds``: how often tables are made again around the best member of a budget, to search on from there."""
 
     qconfig: Any = "W8E8A8"
     bits: tuple[int, ...] = WIDTHS
@@ -75,14 +76,15 @@ class Job:
     def __init__(
         self, start: torch.nn.Module, dataset: kd_data.Dataset, held_out: kd_data.Encoded, plan: Plan, out: Path
     ) -> None:
-        self.start, self.dataset, self.held_out, self.plan = start.eval(), dataset, held_out, plan
+        self.start, self.dataset, self.plan = start.eval(), dataset, plan
+        if not 0 < plan.calibration < len(held_out):
+            what = f"{plan.calibration} of {len(held_out)} rows held out are to make tables, the others to choose"
+            raise ConfigError(what, where="--calibration", do=f"ask for 1 to {len(held_out) - 1}, or --held-out more")
+        rows = np.random.default_rng(plan.seed).permutation(len(held_out))
+        self.measured, self.choosing = (held_out.pick(r) for r in np.split(rows, [plan.calibration]))
         self.out = make_folder(out)
         self._wanted: torch.Tensor | None = None  # the teacher's outputs on the rows held out
-        batches = dataset.train.sample(job.CALIBRATION_BATCHES, batch_size=plan.batch_size, seed=plan.seed)
-        self.family = make_family(
-            self.start, self.start, plan.qconfig, batches=batches, bits=plan.bits, leave_out=plan.leave_out,
-            draws=plan.draws, seed=plan.seed, device=dataset.device,
-        )  # fmt: skip
+        self.family = family_of(self.start, dataset, plan)
 
     # training
 
@@ -110,27 +112,14 @@ class Job:
         job.drop_state(folder / "run")
         return seconds
 
-    def check(self, budgets: Sequence[float]) -> None:
-        """Before any training: ConfigError for a size that no member can have. Scales decide little about sizes."""
-        from kdlsq_fx.api import convert
-
-        if not budgets or (self.out / "family" / STATE).is_file():
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            self.family.eval()
-            convert(self.family.student).save_pretrained(folder)
-            fixed, blocks = stored_bytes(self.family, Path(folder))
-        refuse_below(min(budgets), lower_bound(self.family, fixed, blocks))
-
     # tables
 
     def batches(self, rows: kd_data.Encoded) -> list[dict[str, torch.Tensor]]:
         return [rows.batch(r, labels=False) for r in rows.sorted_batches(EVAL_ROWS)]
 
     def losses(self) -> Losses:
-        """What was measured so far, on rows of train; use it as a context, so that nothing is lost."""
-        rows = np.random.default_rng(self.plan.seed).permutation(len(self.dataset.train))[: self.plan.calibration]
-        return Losses(self.family, self.batches(self.dataset.train.pick(rows)), self.out / "losses.json")
+        """What was measured so far, one change at a time; use it as a context, so that nothing is lost."""
+        return Losses(self.family, self.batches(self.measured), self.out / "losses.json")
 
     def tables(self, *, with_latency: bool = False) -> Tables:
         """Every table, measured or loaded."""
@@ -140,39 +129,32 @@ class Job:
         if not (folder / INFO).is_file():
             self.family.eval()
             convert(self.family.student).save_pretrained(folder)
-        ms = self._latency() if with_latency else None
+        ms = known_latency(self.family, self.start, self.out) if with_latency else None
         with self.losses() as losses:
             return make_tables(losses, term=TERM, folder=folder, ms=ms)
-
-    def _latency(self) -> tuple[float, Any]:
-        path = self.out / "latency.json"
-        if not path.is_file():
-            whole, blocks = latency(self.family, lambda member: run_ms(self.family, member, self.start))
-            write_json(path, {"format": 1, "whole": whole, "blocks": blocks.tolist()})
-        known = read_json(path)
-        return known["whole"], np.asarray(known["blocks"], float)
 
     # members
 
     def choose(self, tables: Tables, budgets: Mapping[str, float]) -> tuple[Member, float]:
-        """The member whose outputs are nearest to the teacher's on the rows held out, and how near. Asked are the best
-        by the tables, the best of each two neighbouring widths, the widest uniform member that keeps the budgets, and
-        whatever was measured before and keeps them; then, ``rounds`` times, the best by tables made around the nearest
-        so far."""
+        """The member whose outputs are nearest to the teacher's on the rows that choose, and how near; one without some
+        block only where it is nearer than all with more blocks by more than the standard error of the difference. Asked
+        are the best by the tables, the best of each two neighbouring widths, every uniform member that keeps the
+        budgets, and whatever was measured before and keeps them; then, ``rounds`` times, the best by tables made around
+        the nearest so far."""
         path = self.out / "held_out.json"
-        known: dict[str, float] = read_json(path)["members"] if path.exists() else {}
+        known: dict[str, list[float]] = read_json(path)["members"] if path.exists() else {}
 
         def nearest(members: Sequence[Member]) -> Member:
             for member in members:
                 if member_key(member) not in known:
-                    known[member_key(member)] = self.distance(member)
-                    write_json(path, {"format": 1, "rows": len(self.held_out), "members": known})
-            return min(members, key=lambda m: known[member_key(m)])
+                    known[member_key(member)] = self.distances(member).tolist()
+                    write_json(path, {"format": 1, "rows": len(self.choosing), "members": known})
+            return least(members, {m: np.asarray(known[member_key(m)]) for m in members})
 
         plain = [m for m in map(self.family.uniform, self.family.bits) if tables.keeps(m, budgets)]
         before = [m for m in map(member_of, known) if tables.keeps(m, budgets)]
         paired = [m for pair in pairwise(self.family.bits) for m in best(within(tables, *pair), budgets)]
-        winner = nearest([*best(tables, budgets, self.plan.candidates), *paired, *plain[-1:], *before])
+        winner = nearest([*best(tables, budgets, self.plan.candidates), *paired, *plain, *before])
         for _ in range(self.plan.rounds):
             around, last = self._around(tables, winner), winner
             moves = len(self.family.switches)
@@ -180,7 +162,7 @@ class Job:
             winner = nearest([last, *tried])
             if winner == last:
                 break
-        return winner, known[member_key(winner)]
+        return winner, float(np.mean(known[member_key(winner)]))
 
     def _around(self, tables: Tables, member: Member) -> Tables:
         """Tables of single steps from a member, on the rows that all tables are made on."""
@@ -193,13 +175,13 @@ class Job:
                 bar.update(1)
         return near(tables, member, found)
 
-    def distance(self, member: Member) -> float:
-        """:func:`output_distance` of a member on the rows held out."""
+    def distances(self, member: Member) -> NDArray[np.float64]:
+        """:func:`output_distances` of a member on the rows that choose."""
         if self._wanted is None:
-            self._wanted = torch.from_numpy(evaluate(self.start, self.held_out, title="teacher"))
+            self._wanted = torch.from_numpy(evaluate(self.start, self.choosing, title="teacher"))
         with self.family.at(member) as kd:
-            logits = evaluate(kd.student, self.held_out, title="candidate")
-        return float(output_distance(torch.from_numpy(logits), self._wanted))
+            logits = evaluate(kd.student, self.choosing, title="candidate")
+        return output_distances(torch.from_numpy(logits), self._wanted).numpy()
 
     def write(self, member: Member, name: str, tokenizer: Any) -> tuple[Path, Any]:
         """``out/name`` with ``qat/``, ``int/`` and ``rules.json``, and the qat model; loaded where it is there."""
@@ -216,6 +198,60 @@ class Job:
         tokenizer.save_pretrained(folder / "int")
         write_text(rules, text)
         return folder, qat
+
+
+def least(members: Sequence[Member], distances: Mapping[Member, NDArray[np.float64]]) -> Member:
+    """The member of least mean distance; where one with more blocks is no further by one standard error of the paired
+    difference, the nearest of those: what is left out is missed by other rows too, and those that choose are few."""
+
+    def mean(member: Member) -> float:
+        return float(distances[member].mean())
+
+    def ties(member: Member) -> bool:
+        gap = distances[member] - distances[nearest]
+        return len(member.left_out) < len(nearest.left_out) and gap.mean() <= gap.std() / np.sqrt(len(gap))
+
+    nearest = min(members, key=mean)
+    while tied := [m for m in members if ties(m)]:
+        nearest = min(tied, key=mean)
+    return nearest
+
+
+def family_of(start: torch.nn.Module, dataset: kd_data.Dataset, plan: Plan) -> Family:
+    """A family that is not trained yet."""
+    batches = dataset.train.sample(job.CALIBRATION_BATCHES, batch_size=plan.batch_size, seed=plan.seed)
+    return make_family(
+        start, start, plan.qconfig, batches=batches, bits=plan.bits, leave_out=plan.leave_out, draws=plan.draws,
+        seed=plan.seed, device=dataset.device,
+    )  # fmt: skip
+
+
+def check(
+    model: torch.nn.Module, dataset: kd_data.Dataset, plan: Plan, out: Path, *, size: float, most_ms: float | None
+) -> None:
+    """Before anything is trained: ConfigError for bytes or milliseconds that no member can have. What a training
+    changes decides little about them. ``model``: the float model, trained or not."""
+    from kdlsq_fx.api import convert
+
+    if (out / "family" / STATE).is_file():
+        return
+    family = family_of(model.eval(), replace(dataset, device="cpu"), plan).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        convert(family.student).save_pretrained(folder)
+        refuse_below(size, Sizes(family, Path(folder)).smallest())
+    if most_ms is not None:
+        whole, blocks = known_latency(family, model, out)
+        refuse_below(most_ms, whole - float(np.sort(blocks)[::-1][: plan.leave_out].sum()), "ms")
+
+
+def known_latency(family: Family, model: torch.nn.Module, out: Path) -> tuple[float, NDArray[np.float64]]:
+    """:func:`latency`, measured once for a folder."""
+    path = out / "latency.json"
+    if not path.is_file():
+        whole, blocks = latency(family, lambda member: run_ms(family, member, model))
+        write_json(path, {"format": 1, "whole": whole, "blocks": blocks.tolist()})
+    known = read_json(path)
+    return known["whole"], np.asarray(known["blocks"], float)
 
 
 def member_key(member: Member) -> str:
@@ -269,12 +305,14 @@ def widths_of(family: Family, member: Member) -> dict[int, float]:
 
 
 def run(
-    task: Job, budgets: Mapping[str, float], tokenizer: Any, *, most_ms: float | None = None, say: Any = print
-) -> list[MemberRow]:
-    """Everything behind the training: tables, search, members, their scores on dev. ``budgets``: name -> bytes."""
+    task: Job, budgets: Mapping[str, float], tokenizer: Any, *, limits: Mapping[str, float] | None = None,
+    say: Any = print,
+) -> list[MemberRow]:  # fmt: skip
+    """Everything behind the training: tables, search, members, their scores on dev. ``budgets``: name -> bytes;
+    ``limits``: what every member has to keep besides, ``"ms"`` and ``"bitops"``."""
     began = time.monotonic()
-    tables = task.tables(with_latency=most_ms is not None)
-    limits = {} if most_ms is None else {"ms": most_ms}
+    limits = limits or {}
+    tables = task.tables(with_latency="ms" in limits)
     for size in sorted(budgets.values()):
         check_budgets(tables, {"bytes": size, **limits})
     say(f"tables after {time.monotonic() - began:.0f} s")

@@ -11,7 +11,7 @@ import numpy as np
 from kdlsq_fx import family_picture, job
 from kdlsq_fx.family_job import TERM, Job, MemberRow
 from kdlsq_fx.family_tables import measure_losses
-from kdlsq_fx.files import write_json, write_text
+from kdlsq_fx.files import read_json, write_json, write_text
 
 
 def write_sensitivity(task: Job) -> str:
@@ -32,7 +32,7 @@ def write_sensitivity(task: Job) -> str:
         family_picture.sensitivity(names, widths, table[:, :-1].tolist(), title), task.out / "sensitivity.svg"
     )
     order = np.argsort(-table[:, 0])
-    lines = [f"{title}; {losses.rows} rows of train.", ""]
+    lines = [f"{title}; {losses.rows} rows held out of train.", ""]
     lines += [
         "| weight | elements | " + " | ".join(f"{b} bits" for b in widths) + " |",
         "|---" * (2 + len(widths)) + "|",
@@ -54,7 +54,9 @@ def _measure(task: Job) -> str:
 
 
 def write_table(task: Job, rows: Sequence[MemberRow]) -> str:
-    """``table.md``, ``table.json`` and ``pareto.svg`` with the float model on top; the table as text."""
+    """``table.md``, ``table.json`` and ``pareto.svg`` of these members and those that an earlier call wrote, with the
+    float model on top; the table as text."""
+    rows = sorted({r.name: r for r in (*_earlier(task), *rows)}.values(), key=lambda r: r.size)
     fp32 = job.measure("fp32", "fp32", task.start, replace(task.dataset, device="cpu"))
     size = sum(p.numel() * p.element_size() for p in task.start.parameters())
     text = table_text(rows, replace(fp32, size=size), _measure(task))
@@ -70,6 +72,13 @@ def write_table(task: Job, rows: Sequence[MemberRow]) -> str:
     picture = family_picture.scatter(series, title=title, x="MiB of model.safetensors", y="points on dev")
     family_picture.write(picture, task.out / "pareto.svg")
     return text
+
+
+def _earlier(task: Job) -> list[MemberRow]:
+    path = task.out / "table.json"
+    known = read_json(path)["members"] if path.is_file() else []
+    whole = ({**m, "widths": {int(b): share for b, share in m["widths"].items()}} for m in known)
+    return [MemberRow(**{**m, "left_out": tuple(m["left_out"])}) for m in whole]
 
 
 def table_text(rows: Sequence[MemberRow], fp32: job.Row, measure: str) -> str:

@@ -11,7 +11,7 @@ of single steps from there; the same search goes on from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,7 +34,8 @@ class Tables:
     tables of :func:`near`, as in its member); NaN: not to be taken.
     ``costs`` name -> [S, W], of each switch; ``fixed`` name -> the rest of the model with all blocks;
     ``per_block`` name -> [B], what goes with a block besides its switches. ``depths``: set of blocks left out -> how
-    much more the loss is with all switches at the largest width.
+    much more the loss is with all switches at the largest width. ``bytes_of``: a member's size to the byte, which
+    its sum over the tables is at most.
     """
 
     bits: tuple[int, ...]
@@ -45,6 +46,7 @@ class Tables:
     fixed: Mapping[str, float]
     per_block: Mapping[str, Array]
     depths: Mapping[tuple[int, ...], float]
+    bytes_of: Callable[[Member], float] | None = None
 
     def rest(self, cost: str, left_out: tuple[int, ...]) -> float:
         """What everything but the switches costs."""
@@ -59,8 +61,14 @@ class Tables:
         picked = np.asarray(member.bits)[:, None] == np.asarray(self.bits)[None, :]
         return picked * self.there(member.left_out)[:, None].astype(np.float64)
 
-    def cost(self, cost: str, member: Member) -> float:
+    def sum(self, cost: str, member: Member) -> float:
+        """What the tables say that a member costs."""
         return self.rest(cost, member.left_out) + float((self.chosen(member) * self.costs[cost]).sum())
+
+    def cost(self, cost: str, member: Member) -> float:
+        """What a member costs."""
+        exact = cost == "bytes" and self.bytes_of is not None
+        return float(self.bytes_of(member)) if exact else self.sum(cost, member)  # type: ignore[misc]
 
     def keeps(self, member: Member, budgets: Mapping[str, float]) -> bool:
         """Whether a member costs at most what each budget (cost -> at most) allows."""
@@ -73,8 +81,8 @@ class Tables:
 
 def smallest(tables: Tables, cost: str = "bytes") -> float:
     """The least that any member costs."""
-    each = tables.costs[cost].min(axis=1)
-    return min(tables.rest(cost, d) + float(each[tables.there(d)].sum()) for d in tables.depths)
+    bits = tuple(tables.bits[k] for k in tables.costs[cost].argmin(axis=1))
+    return min(tables.cost(cost, Member(bits, d)) for d in tables.depths)
 
 
 def best(tables: Tables, budgets: Mapping[str, float], count: int = 1) -> list[Member]:
@@ -154,24 +162,23 @@ def _solve(
 
     there = tables.there(left_out)
     rows, width = int(there.sum()), len(tables.bits)
-    limits = {cost: most - tables.rest(cost, left_out) for cost, most in budgets.items()}
-    if not rows and not forbidden and all(room >= 0 for room in limits.values()):
-        return Member((tables.bits[-1],) * len(there), left_out)
-    if not rows or any(room < tables.costs[cost][there].min(axis=1).sum() for cost, room in limits.items()):
-        return None
-    limited = [LinearConstraint(np.kron(np.eye(rows), np.ones(width)), 1, 1)]
-    for cost, room in limits.items():
-        size = max(float(tables.costs[cost].max()), 1e-30)  # near 1: the solver's tolerances are absolute
-        limited.append(LinearConstraint(tables.costs[cost][there].reshape(1, -1) / size, -np.inf, room / size))
+    rooms = {cost: most - tables.rest(cost, left_out) for cost, most in budgets.items()}
+    if not rows:
+        member = Member((tables.bits[-1],) * len(there), left_out)
+        return member if not forbidden and tables.keeps(member, budgets) else None
+    one_each = LinearConstraint(np.kron(np.eye(rows), np.ones(width)), 1, 1)
+    cuts = [LinearConstraint(old[there].reshape(1, -1), -np.inf, rows - 1) for old in forbidden]
     loss = tables.loss[there].reshape(-1)
     open_ = np.isfinite(loss).astype(np.float64)
     loss = np.nan_to_num(loss)
     loss = loss / max(float(np.abs(loss).max()), 1e-30)
-    banned = list(forbidden)
-    while True:
-        cuts = [LinearConstraint(old[there].reshape(1, -1), -np.inf, rows - 1) for old in banned]
+    while all(room >= tables.costs[cost][there].min(axis=1).sum() for cost, room in rooms.items()):
+        limited = []
+        for cost, room in rooms.items():
+            size = max(float(tables.costs[cost].max()), 1e-30)  # near 1: the solver's tolerances are absolute
+            limited.append(LinearConstraint(tables.costs[cost][there].reshape(1, -1) / size, -np.inf, room / size))
         found = milp(
-            loss, integrality=np.ones(rows * width), bounds=Bounds(0, open_), constraints=[*limited, *cuts],
+            loss, integrality=np.ones(rows * width), bounds=Bounds(0, open_), constraints=[one_each, *limited, *cuts],
             options={"mip_rel_gap": 0.0},
         )  # fmt: skip
         if found.x is None:
@@ -181,4 +188,9 @@ def _solve(
         member = Member(tuple(int(b) for b in bits), left_out)
         if tables.keeps(member, budgets):
             return member
-        banned.append(tables.chosen(member))  # over a budget by less than the solver's tolerance
+        if all(tables.sum(cost, member) <= most for cost, most in budgets.items()):
+            # Some bytes over, of the header: so is every member of that sum, and they may be many.
+            rooms["bytes"] = tables.sum("bytes", member) - tables.rest("bytes", left_out) - 0.5
+        else:  # over a budget by less than the solver's tolerance
+            cuts.append(LinearConstraint(tables.chosen(member)[there].reshape(1, -1), -np.inf, rows - 1))
+    return None

@@ -6,6 +6,7 @@ Every measurement is kept in one JSON as soon as it is there, so that a stopped 
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -34,14 +35,19 @@ KEEP_SECONDS = 20.0
 PRODUCTS = ("matmul", "bmm")
 
 
-def output_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """How far outputs (rows, classes) are from the teacher's: mean KL(teacher || student) in nats; the mean squared
+def output_distances(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """How far outputs [rows, classes] are from the teacher's, [rows]: KL(teacher || student) in nats; the squared
     difference where there is one output."""
     a, b = student.double(), teacher.double()
     if a.shape[-1] == 1:
-        return (a - b).square().mean()
+        return (a - b).square().squeeze(-1)
     p, q = a.log_softmax(-1), b.log_softmax(-1)
-    return (q.exp() * (q - p)).sum(-1).mean()
+    return (q.exp() * (q - p)).sum(-1)
+
+
+def output_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The mean of :func:`output_distances` over the rows."""
+    return output_distances(student, teacher).mean()
 
 
 @torch.no_grad()
@@ -139,52 +145,94 @@ def _depths(losses: Losses, term: str) -> Iterator[tuple[tuple[int, ...], float]
 # --- costs
 
 
-def packed_bytes(family: Family, switch: int, bits: int) -> int:
-    """Bytes of a switch's codes in ``model.safetensors``, as really packed, with their row in the header."""
+class Sizes:
+    """Bytes of ``model.safetensors`` in the ``int/`` folder of any member, to the byte, without writing it.
+
+    ``folder``: that folder of the largest member. What goes with a block is what the largest member without it lacks.
+    """
+
+    def __init__(self, family: Family, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self.family, self._known, self._gone = family, dict[Member, int](), dict[int, set[str]]()
+        names = [f"{s.name}_codes" for s in family.switches]
+        with safe_open(folder / WEIGHTS, framework="np") as file:
+            there = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (no mapping)
+            self._aliases = json.loads(file.metadata()["layout"])["aliases"]
+        if missing := sorted(names - there.keys()):
+            where = f"{folder / WEIGHTS}: {missing[0]}"
+            raise CheckpointError("the codes of a switch are not there", where=where, do="report this")
+        self._rest = {n: (v.dtype, v.shape) for n, v in there.items() if n not in names}
+        self._codes = [[_packed(family, i, bits) for bits in family.bits] for i in range(len(names))]
+
+    def of(self, member: Member) -> int:
+        """The size of a member's file."""
+        if member not in self._known:
+            self._known[member] = self._serialized(member)
+        return self._known[member]
+
+    def _serialized(self, member: Member) -> int:
+        """The length of a file of zeros with the same header: what :func:`write_tensors` would write."""
+        from safetensors.numpy import save
+
+        gone = set[str]().union(*map(self._goes, member.left_out))
+        tensors = {n: np.zeros(shape, kind) for n, (kind, shape) in self._rest.items() if n not in gone}
+        packed = {}
+        for switch, bits, codes in zip(self.family.switches, member.bits, self._codes):
+            if switch.block is None or switch.block not in member.left_out:
+                data, row = codes[self.family.bits.index(bits)]
+                tensors[f"{switch.name}_codes"] = np.zeros(*data)
+                packed |= {f"{switch.name}_codes": row} if row else {}
+        return len(save(tensors, metadata={"layout": json.dumps({"aliases": self._aliases, "packed": packed})}))
+
+    def _goes(self, block: int) -> set[str]:
+        """Names of the tensors that a model without this block lacks, besides codes."""
+        from safetensors import safe_open
+
+        from .api import convert
+
+        if block not in self._gone:
+            one = replace(self.family.largest, left_out=(block,))
+            with tempfile.TemporaryDirectory() as folder, self.family.at(one) as kd:
+                convert(kd.student).save_pretrained(folder)
+                with safe_open(Path(folder) / WEIGHTS, framework="np") as file:
+                    self._gone[block] = set(self._rest) - set(file.keys())
+        return self._gone[block]
+
+    def tables(self) -> tuple[Array, float, Array]:
+        """(by switch and width [S, W], the rest, what goes with each block besides its switches [B]). Their sum is a
+        member's size or less: offsets in a file's header have more or fewer digits, its end is padded."""
+        rows = zip(self.family.switches, self._codes)
+        table = np.array([[_bytes(f"{s.name}_codes", *data, row) for data, row in codes] for s, codes in rows], float)
+        narrow = self.family.uniform(self.family.bits[0])
+        whole, owner = self.of(narrow), np.array(self.family.owner)
+        blocks = np.zeros(self.family.blocks)
+        for b in self.family.removable if self.family.most_left_out else ():
+            blocks[b] = whole - self.of(replace(narrow, left_out=(b,))) - table[owner == b, 0].sum()
+        slack = 2 * (len(self._rest) + len(table)) + 8  # a digit of each offset, and the padding
+        return table, float(whole - table[:, 0].sum() - slack), blocks
+
+    def smallest(self) -> int:
+        """The size of the smallest member."""
+        table, _, blocks = self.tables()
+        owner = np.array(self.family.owner)
+        sets = [s for n in range(self.family.most_left_out + 1) for s in combinations(self.family.removable, n)]
+        gone = max(sets, key=lambda s: blocks[list(s)].sum() + table.min(axis=1)[np.isin(owner, s)].sum())
+        return self.of(Member(tuple(self.family.bits[k] for k in table.argmin(axis=1)), gone))
+
+
+def _packed(family: Family, switch: int, bits: int) -> tuple[tuple[Any, Any], dict[str, Any] | None]:
+    """((shape, dtype) of a switch's codes as they are stored, their row in the file's header or None)."""
     lsq = family.quantizer(switch, bits)
     codes = lsq.codes(family.weight(switch)).to(torch_container(lsq.qmin, lsq.qmax)).cpu().numpy()
-    dense = pack(codes)
-    if dense is None:
-        return int(codes.nbytes)
-    row = json.dumps({f"{family.switches[switch].name}_codes": dense[1]})
-    return int(dense[0].nbytes) + len(json.dumps(row))  # text within the header's text: its quotes are escaped
+    data, row = pack(codes) or (codes, None)
+    return (data.shape, data.dtype), row
 
 
-def size_table(family: Family) -> Array:
-    """[S, W] bytes; see :func:`packed_bytes`."""
-    return np.array([[packed_bytes(family, i, b) for b in family.bits] for i in range(len(family.switches))], float)
-
-
-def stored_bytes(family: Family, folder: Path) -> tuple[float, Array]:
-    """(all but the switches, [B] what goes with each block besides its switches), from the ``int/`` folder of the
-    largest member. A tensor belongs to a block where its name begins as all of the block's own parameters do."""
-    from safetensors import safe_open
-
-    path = folder / WEIGHTS
-    codes = {f"{s.name}_codes" for s in family.switches}
-    sizes: dict[str, int] = {}
-    with safe_open(path, framework="np") as file:
-        for name in file.keys():  # noqa: SIM118 (no mapping)
-            sizes[name] = int(file.get_tensor(name).nbytes)
-    missing = sorted(codes - sizes.keys())
-    if missing:
-        raise CheckpointError("the codes of a switch are not there", where=f"{path}: {missing[0]}", do="report this")
-    largest = len(family.bits) - 1
-    table = size_table(family)[:, largest].sum()
-    blocks = np.zeros(family.blocks)
-    for i, stem in enumerate(_stems(family)):
-        blocks[i] = sum(size for name, size in sizes.items() if stem and name.startswith(stem) and name not in codes)
-    return float(path.stat().st_size - table), blocks
-
-
-def _stems(family: Family) -> list[str]:
-    """For each block the dotted path under which all its own parameters stand; "" where there is none of its own."""
-    found = []
-    for own in family.own:
-        parts = [name.split(".")[:-1] for name in own or ()]
-        shared = [names[0] for names in zip(*parts) if len(set(names)) == 1]
-        found.append(".".join(shared) + "." if shared and any(p.isdigit() for p in shared) else "")
-    return [stem if found.count(stem) == 1 else "" for stem in found]
+def _bytes(name: str, shape: tuple[int, ...], kind: Any, row: dict[str, Any] | None) -> int:
+    """Bytes of codes with what their form takes in the header, where a row's quotes are escaped."""
+    told = len(json.dumps(shape, separators=(",", ":"))) + (len(json.dumps(json.dumps({name: row}))) if row else 0)
+    return int(np.prod(shape)) * kind.itemsize + told
 
 
 def bit_operations(family: Family, length: int) -> tuple[Array, float, Array]:
@@ -237,27 +285,18 @@ def latency(family: Family, run_ms: Callable[[Member], float]) -> tuple[float, A
     return whole, blocks
 
 
-def lower_bound(family: Family, fixed: float, per_block: Array) -> float:
-    """The smallest size in bytes of any member."""
-    table = size_table(family).min(axis=1)
-    owner = np.array(family.owner)
-    able = family.removable
-    sets = [s for n in range(family.most_left_out + 1) for s in combinations(able, n)]
-    return min(fixed + float(table[~np.isin(owner, s)].sum()) - float(per_block[list(s)].sum()) for s in sets)
-
-
 def make_tables(
     losses: Losses, *, term: str, folder: Path, ms: tuple[float, Array] | None, length: int = 128
 ) -> Tables:
     """All tables; ``folder``: the ``int/`` folder of the largest member. ``ms``: what :func:`latency` gave, or None."""
-    family = losses.family
+    family, sizes = losses.family, Sizes(losses.family, folder)
     loss, depths = measure_losses(losses, term)
-    fixed, blocks = stored_bytes(family, folder)
+    table, fixed, blocks = sizes.tables()
     work, rest, rest_of_blocks = bit_operations(family, length)
-    costs = {"bytes": size_table(family), "bitops": work}
+    costs = {"bytes": table, "bitops": work}
     base = {"bytes": fixed, "bitops": rest}
     per_block = {"bytes": blocks, "bitops": rest_of_blocks}
     if ms is not None:
         costs["ms"], base["ms"], per_block["ms"] = np.zeros_like(loss), ms[0], ms[1]
     names = tuple(s.name for s in family.switches)
-    return Tables(family.bits, names, family.owner, loss, costs, base, per_block, depths)
+    return Tables(family.bits, names, family.owner, loss, costs, base, per_block, depths, sizes.of)

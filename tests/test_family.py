@@ -18,7 +18,7 @@ import kdlsq_fx as kq
 from kdlsq_fx.data import load
 from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.family import WIDTHS, Family, Member, make_family
-from kdlsq_fx.family_tables import bit_operations, lower_bound, packed_bytes, size_table, stored_bytes
+from kdlsq_fx.family_tables import Sizes, bit_operations
 from kdlsq_fx.files import read_tensors, write_tensors
 from kdlsq_fx.train import plain_groups
 
@@ -154,28 +154,35 @@ def test_the_example_in_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert known["qat"].qconfig == known["rules"] and known["rules"].left_out == (1,)
 
 
-@pytest.mark.parametrize(("qconfig", "left_out"), [("W8E8A8", ()), ("W8E8A8", (0,)), ("W8E8A8-int", (0,))])
-def test_sizes_on_disk_are_within_what_was_predicted(tmp_path: Path, qconfig: str, left_out: tuple[int, ...]) -> None:
-    family, model, _ = ready("bert", qconfig)
+@pytest.mark.parametrize(
+    ("name", "qconfig"), [("bert", "W8E8A8"), ("bert", "W8E8A8-int"), ("albert", "W8E8A8"), ("modernbert", "W8E8A8")]
+)
+def test_sizes_are_those_of_the_files(tmp_path: Path, name: str, qconfig: str) -> None:
+    family, model, _ = ready(name, qconfig)
     kq.convert(family.student).save_pretrained(tmp_path / "largest")
-    fixed, blocks = stored_bytes(family, tmp_path / "largest")
-    table = size_table(family)
-    member = mixed(family, *left_out)
-    there = [i for i, s in enumerate(family.switches) if s.block not in left_out]
-    want = fixed - blocks[list(left_out)].sum() + sum(table[i, WIDTHS.index(member.bits[i])] for i in there)
-    kq.convert(family.member(member, model)).save_pretrained(tmp_path / "int")
-    size = (tmp_path / "int" / "model.safetensors").stat().st_size
-    slack = 64 * len(there) + (12000 if left_out else 0)  # the header's rows of a block that is gone are not counted
-    assert want - slack <= size <= want + 8  # the header is padded to 8 bytes
-    assert lower_bound(family, fixed, blocks) <= size
+    sizes = Sizes(family, tmp_path / "largest")
+    table, fixed, blocks = sizes.tables()
+    for number, member in enumerate((mixed(family), mixed(family, 0), mixed(family, 1), family.uniform(2))):
+        folder = tmp_path / str(number)
+        kq.convert(family.member(member, model)).save_pretrained(folder)
+        size = (folder / "model.safetensors").stat().st_size
+        assert sizes.of(member) == size >= sizes.smallest()
+        there = [i for i, s in enumerate(family.switches) if s.block is None or s.block not in member.left_out]
+        summed = fixed - blocks[list(member.left_out)].sum()
+        summed += sum(table[i, WIDTHS.index(member.bits[i])] for i in there)
+        assert size - 8 * (len(table) + 100) < summed <= size
 
 
-def test_packed_bytes_are_those_of_the_layout() -> None:
-    family, _, _ = ready("bert", "W8E8A8")
-    elements = family.weight(2).numel()
-    for bits, dense in ((2, -(-elements // 5)), (3, elements * 3 // 8), (4, elements // 2), (6, elements * 6 // 8)):
-        assert 0 < packed_bytes(family, 2, bits) - dense < 200
-    assert packed_bytes(family, 2, 8) == elements
+def test_a_uniform_member_has_the_size_of_the_model_of_its_width(tmp_path: Path) -> None:
+    family, model, data = ready("bert", "W8E8A8")
+    kq.convert(family.student).save_pretrained(tmp_path / "largest")
+    sizes = Sizes(family, tmp_path / "largest")
+    for bits in (2, 4, 6):
+        alone = kq.prepare_qat(model, f"W{bits}E{bits}A8").eval()
+        kq.calibrate(alone, [data], progress=False)
+        kq.convert(alone).save_pretrained(tmp_path / str(bits))
+        size = (tmp_path / str(bits) / "model.safetensors").stat().st_size
+        assert abs(sizes.of(family.uniform(bits)) - size) < 64  # the header's "first" and "levels" of other codes
 
 
 def test_bit_operations_are_those_counted_by_hand() -> None:
