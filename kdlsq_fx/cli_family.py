@@ -60,38 +60,43 @@ def run(args: argparse.Namespace) -> int:
     from kdlsq_fx.qconfig import resolve
 
     budgets = {t: float(family_job.parse_size(t)) for t in args.budget.replace(" ", "").split(",") if t}
-    if bool(budgets) == args.sensitivity:
+    if budgets and args.sensitivity:
+        do = "leave away --budget to look, or --sensitivity: it comes with the models too"
+        raise ConfigError("a budget is for models, and --sensitivity writes none", where="--budget", do=do)
+    if not budgets and not args.sensitivity:
         do = "give --budget 6MiB,8MiB to write models, or --sensitivity only to look"
         raise ConfigError("a family is for budgets, or to look at", where="--budget", do=do)
+    limits = {"ms": args.latency, "bitops": args.bit_operations and args.bit_operations * 1e9}
+    limits = {cost: most for cost, most in limits.items() if most}
     qconfig = resolve(args.qconfig)
     plan = family_job.Plan(
         qconfig=qconfig, bits=_widths(args.bits), leave_out=args.leave_out, draws=args.draws, steps=args.steps,
         lr=args.lr, batch_size=args.batch_size, seed=args.seed, precision=args.precision,
         calibration=args.calibration, candidates=args.candidates,
     )  # fmt: skip
-    out = make_folder(args.out)
-    source = opening.model_source(args.model)
-    tokenizer = opening.load_tokenizer(source)
-    dataset = replace(data.load(args.data, tokenizer, max_length=args.max_length), device=device_of(args.device))
-    check_fits(opening.load_config(source), dataset)
-    dataset, held_out = data.held_out(dataset, args.held_out, seed=args.seed)
-    shared = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.precision}
-    epochs = fp32_epochs(args, source, dataset.task)
-    fp32 = job.Settings(epochs=epochs, lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared)
-    known = {"model": source, "data": [dataset.train.fingerprint, held_out.fingerprint], "fp32": vars(fp32)}
-    belongs_to(out, known)
-    made = out / ("sensitivity" if args.sensitivity else "members")
     if args.sensitivity:
         plan = replace(plan, steps=0, leave_out=0)
-    belongs_to(make_folder(made), {"plan": {**asdict(plan), "qconfig": qconfig.to_dict()}})
-    limits = {"ms": args.latency, "bitops": args.bit_operations and args.bit_operations * 1e9}
-    limits = {cost: most for cost, most in limits.items() if most}
-    if budgets:
-        model = opening.load_task_model(source, dataset.task, seed=args.seed)
-        family_job.check(model, dataset, plan, made, size=min(budgets.values()), most_ms=args.latency)
-    start = job.start_model(source, dataset, tokenizer, out=out, settings=fp32)
-    task = family_job.Job(start, dataset, held_out, plan, made)
+    out = make_folder(args.out)
+    made = out / ("sensitivity" if args.sensitivity else "members")
     with resumable(out):
+        source = opening.model_source(args.model)
+        tokenizer = opening.load_tokenizer(source)
+        dataset = replace(data.load(args.data, tokenizer, max_length=args.max_length), device=device_of(args.device))
+        check_fits(opening.load_config(source), dataset)
+        dataset, held_out = data.held_out(dataset, args.held_out, seed=args.seed)
+        shared = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.precision}
+        fp32 = job.Settings(
+            epochs=fp32_epochs(args, source, dataset.task), lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared
+        )
+        if not (made / "family" / family_job.STATE).is_file():
+            model = opening.load_task_model(source, dataset.task, seed=args.seed)
+            least = {"bytes": min(budgets.values()), **limits} if budgets else {}
+            family_job.check(model, dataset, held_out, plan, made, least)
+        known = {"model": source, "held_out": args.held_out, "fp32": vars(fp32)}
+        belongs_to(out, known | {"data": [dataset.train.fingerprint, held_out.fingerprint]})
+        belongs_to(make_folder(made), {"plan": {**asdict(plan), "qconfig": qconfig.to_dict()}})
+        start = job.start_model(source, dataset, tokenizer, out=out, settings=fp32)
+        task = family_job.Job(start, dataset, held_out, plan, made)
         return _look(task) if args.sensitivity else _write(task, budgets, tokenizer, limits)
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,12 +114,17 @@ def fp32_epochs(args: argparse.Namespace, source: str, task: Any) -> float:
 
 @contextmanager
 def resumable(out: Path) -> Iterator[None]:
-    """Ctrl-C in a job whose steps are kept in ``out`` says that it goes on from there."""
+    """Ctrl-C or SIGTERM in a job whose steps are kept in ``out`` says that it goes on from there."""
+    main = threading.current_thread() is threading.main_thread()  # outside it Python allows no handlers
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
     try:
         yield
     except KeyboardInterrupt as e:  # train.Interrupted says itself what was saved
         what = str(e) or f"stopped; what is done is kept in {out}, run the same command again to go on"
         raise KeyboardInterrupt(what) from None
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def find_tokenizer(model: Path) -> Path:

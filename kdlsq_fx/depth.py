@@ -34,6 +34,8 @@ def leave_out(gm: fx.GraphModule, blocks: Iterable[int]) -> None:
     if chosen[-1] >= total or chosen[0] < 0:
         what = f"block {chosen[-1] if chosen[0] >= 0 else chosen[0]} cannot be left out: there are {total} blocks"
         raise ConfigError(what, where="left_out", do=f"count from 0 to {total - 1}" if total else "leave none out")
+    if len(chosen) == total:
+        raise ConfigError(f"all {total} blocks are left out", where="left_out", do="keep one or more")
     value = states[0]
     for block, out in enumerate(states[1:]):
         assert out is not None

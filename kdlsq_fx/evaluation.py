@@ -17,6 +17,7 @@ from kdlsq_fx.metrics import check_width
 
 OTHER_MODEL = "evaluate a model on the task it was trained for"
 SPAN = ("start_logits", "end_logits")
+TYPES = "token_type_ids"
 
 
 def evaluate(
@@ -117,7 +118,8 @@ def _array(value: Any) -> np.ndarray:
 
 
 def onnx_runner(path: Path, *, threads: int = 0) -> Run:
-    """ONNX Runtime on the CPU; arrays are passed by the file's input names. ``threads`` 0: as many as torch uses."""
+    """ONNX Runtime on the CPU; arrays are passed by the file's input names, token types that a batch lacks as zeros.
+    ``threads`` 0: as many as torch uses."""
     import onnxruntime as ort
 
     if not path.is_file():
@@ -134,6 +136,8 @@ def onnx_runner(path: Path, *, threads: int = 0) -> Run:
     wanted = list(SPAN) if set(SPAN) <= set(given) else given[:1]
 
     def run(batch: dict[str, torch.Tensor]) -> np.ndarray:
+        if TYPES in names and TYPES not in batch and "input_ids" in batch:
+            batch = {**batch, TYPES: torch.zeros_like(batch["input_ids"])}
         missing = [n for n in names if n not in batch]
         if missing:
             raise InputError(

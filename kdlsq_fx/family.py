@@ -210,8 +210,10 @@ class Family(nn.Module):
                 if site in there:
                     assert rule.weight is not None
                     weight = replace(rule.weight, bits=bits)
-                    rules.append(replace(rule, site=site, op=op, weight=weight, why=f"{bits} bits in this member"))
-        return replace(base, rules=(*rules, *base.rules), left_out=member.left_out, name="family member")
+                    why = f"{bits} bits in this member"
+                    rules.append(replace(rule, site=site, op=op, weight=weight, why=why, optional=False))
+        others = (replace(rule, optional=True) for rule in base.rules)  # what they are for may be gone or decided
+        return replace(base, rules=(*rules, *others), left_out=member.left_out, name="family member")
 
     def member(self, member: Member, model: nn.Module) -> QuantModel:
         """A member as a qat model of its own: ``prepare_qat(model, rules)`` with the family's weights and scales.

@@ -31,7 +31,7 @@ from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.family import WIDTHS, Family, Member, make_family
 from kdlsq_fx.family_search import Tables, best, check_budgets, near, refuse_below, steps_from, within
-from kdlsq_fx.family_tables import Losses, Sizes, latency, make_tables, output_distances
+from kdlsq_fx.family_tables import LENGTH, Losses, Sizes, bit_operations, latency, make_tables, output_distances
 from kdlsq_fx.files import INFO, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from kdlsq_fx.train import fit
 from kdlsq_fx.watching import progress
@@ -77,11 +77,7 @@ class Job:
         self, start: torch.nn.Module, dataset: kd_data.Dataset, held_out: kd_data.Encoded, plan: Plan, out: Path
     ) -> None:
         self.start, self.dataset, self.plan = start.eval(), dataset, plan
-        if not 0 < plan.calibration < len(held_out):
-            what = f"{plan.calibration} of {len(held_out)} rows held out are to make tables, the others to choose"
-            raise ConfigError(what, where="--calibration", do=f"ask for 1 to {len(held_out) - 1}, or --held-out more")
-        rows = np.random.default_rng(plan.seed).permutation(len(held_out))
-        self.measured, self.choosing = (held_out.pick(r) for r in np.split(rows, [plan.calibration]))
+        self.measured, self.choosing = split(held_out, plan)
         self.out = make_folder(out)
         self._wanted: torch.Tensor | None = None  # the teacher's outputs on the rows held out
         self.family = family_of(self.start, dataset, plan)
@@ -226,22 +222,37 @@ def family_of(start: torch.nn.Module, dataset: kd_data.Dataset, plan: Plan) -> F
     )  # fmt: skip
 
 
+def split(held_out: kd_data.Encoded, plan: Plan) -> tuple[kd_data.Encoded, kd_data.Encoded]:
+    """The rows held out that tables are made on, and those that choose."""
+    if not 0 < plan.calibration < len(held_out):
+        what = f"{plan.calibration} of {len(held_out)} rows held out are to make tables, the others to choose"
+        raise ConfigError(what, where="--calibration", do=f"ask for 1 to {len(held_out) - 1}, or --held-out more")
+    rows = np.random.default_rng(plan.seed).permutation(len(held_out))
+    return held_out.pick(rows[: plan.calibration]), held_out.pick(rows[plan.calibration :])
+
+
 def check(
-    model: torch.nn.Module, dataset: kd_data.Dataset, plan: Plan, out: Path, *, size: float, most_ms: float | None
-) -> None:
-    """Before anything is trained: ConfigError for bytes or milliseconds that no member can have. What a training
-    changes decides little about them. ``model``: the float model, trained or not."""
+    model: torch.nn.Module, dataset: kd_data.Dataset, held_out: kd_data.Encoded, plan: Plan, out: Path,
+    budgets: Mapping[str, float],
+) -> None:  # fmt: skip
+    """Before anything is trained: ConfigError for a plan that makes no family of this model, and for budgets (cost ->
+    at most) that no member can keep. Training changes little about costs. ``model``: the float model as it is."""
     from kdlsq_fx.api import convert
 
-    if (out / "family" / STATE).is_file():
-        return
+    split(held_out, plan)
     family = family_of(model.eval(), replace(dataset, device="cpu"), plan).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        convert(family.student).save_pretrained(folder)
-        refuse_below(size, Sizes(family, Path(folder)).smallest())
-    if most_ms is not None:
-        whole, blocks = known_latency(family, model, out)
-        refuse_below(most_ms, whole - float(np.sort(blocks)[::-1][: plan.leave_out].sum()), "ms")
+    if "bytes" in budgets:
+        with tempfile.TemporaryDirectory() as folder:
+            convert(family.student).save_pretrained(folder)
+            refuse_below(budgets["bytes"], Sizes(family, Path(folder)).smallest())
+    if "ms" in budgets:
+        whole, blocks = known_latency(family, model, make_folder(out))
+        refuse_below(budgets["ms"], whole - float(np.sort(blocks)[::-1][: plan.leave_out].sum()), "ms")
+    if "bitops" in budgets:
+        work, rest, blocks = bit_operations(family, LENGTH)
+        least, owner = work.min(axis=1), np.asarray(family.owner)
+        blocks = [float(least[owner == b].sum() + blocks[b]) for b in range(family.blocks)]
+        refuse_below(budgets["bitops"], least.sum() + rest - sum(sorted(blocks)[::-1][: plan.leave_out]), "bitops")
 
 
 def known_latency(family: Family, model: torch.nn.Module, out: Path) -> tuple[float, NDArray[np.float64]]:
@@ -263,8 +274,8 @@ def member_of(key: str) -> Member:
     return Member(tuple(bits), tuple(left_out))
 
 
-def run_ms(family: Family, member: Member, model: torch.nn.Module, *, length: int = 128, seconds: float = 2.0) -> float:
-    """Median milliseconds of one text of ``length`` tokens as ONNX under ONNX Runtime, on the threads torch uses."""
+def run_ms(family: Family, member: Member, model: torch.nn.Module, *, seconds: float = 2.0) -> float:
+    """Median milliseconds of one text of ``LENGTH`` tokens as ONNX under ONNX Runtime, on the threads torch uses."""
     from kdlsq_fx.api import export_onnx
     from kdlsq_fx.evaluation import onnx_runner
     from kdlsq_fx.timing import Shape, padded, time_calls
@@ -274,7 +285,7 @@ def run_ms(family: Family, member: Member, model: torch.nn.Module, *, length: in
         export_onnx(family.member(member, model), path)
         run = onnx_runner(path)
         vocab = int(getattr(getattr(model, "config", None), "vocab_size", 1000))
-        shape = Shape(1, min(length, family.student.most_tokens or length))
+        shape = Shape(1, min(LENGTH, family.student.most_tokens or LENGTH))
         batch = {k: torch.from_numpy(v) for k, v in padded(shape, vocab=vocab).items()}
         return float(np.median(time_calls(run, batch, seconds=seconds)))  # type: ignore[arg-type]
 

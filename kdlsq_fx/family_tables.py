@@ -33,6 +33,7 @@ from .watching import progress
 BEAM = 3  # sets of blocks that one more block is added to
 KEEP_SECONDS = 20.0
 PRODUCTS = ("matmul", "bmm")
+LENGTH = 128  # tokens of the text that time and bit operations are told for
 
 
 def output_distances(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -273,7 +274,7 @@ def latency(family: Family, run_ms: Callable[[Member], float]) -> tuple[float, A
     """(milliseconds of the largest member, [B] less without each block). Narrow weights run at the speed of int8, so
     widths do not count; blocks of equal work are measured once. ``run_ms`` converts, runs and times a member."""
     whole = run_ms(family.largest)
-    work, _, rest = bit_operations(family, 128)
+    work, _, rest = bit_operations(family, LENGTH)
     owner = np.array(family.owner)
     known: dict[float, float] = {}
     blocks = np.zeros(family.blocks)
@@ -285,14 +286,12 @@ def latency(family: Family, run_ms: Callable[[Member], float]) -> tuple[float, A
     return whole, blocks
 
 
-def make_tables(
-    losses: Losses, *, term: str, folder: Path, ms: tuple[float, Array] | None, length: int = 128
-) -> Tables:
+def make_tables(losses: Losses, *, term: str, folder: Path, ms: tuple[float, Array] | None) -> Tables:
     """All tables; ``folder``: the ``int/`` folder of the largest member. ``ms``: what :func:`latency` gave, or None."""
     family, sizes = losses.family, Sizes(losses.family, folder)
     loss, depths = measure_losses(losses, term)
     table, fixed, blocks = sizes.tables()
-    work, rest, rest_of_blocks = bit_operations(family, length)
+    work, rest, rest_of_blocks = bit_operations(family, LENGTH)
     costs = {"bytes": table, "bitops": work}
     base = {"bytes": fixed, "bitops": rest}
     per_block = {"bytes": blocks, "bitops": rest_of_blocks}

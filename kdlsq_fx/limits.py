@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -47,6 +48,9 @@ def check_fits(model: Any, dataset: Dataset, *, train: bool = True) -> None:
     config = getattr(model, "config", model)
     vocab, positions = getattr(model, "_limits", None) or configured_limits(config)
     kinds = kinds_of(config)
+    if kinds > 1 and getattr(dataset.train, "types", kinds) is None:
+        what = f"the tokenizer gives no token types, the model has {kinds}: both texts of a pair count as type 0"
+        warnings.warn(f"{what}; use the tokenizer that belongs to this model", stacklevel=2)
     for name, (longest, largest, kind) in dataset.extents(train=train).items():
         of, do = f"{name} of {dataset.task.name}", "use the tokenizer that belongs to this model"
         if positions and longest > positions:

@@ -6,6 +6,7 @@ import copy
 import functools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import kdlsq_fx as kq
 from kdlsq_fx.data import load
 from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.family import WIDTHS, Family, Member, make_family
-from kdlsq_fx.family_tables import Sizes, bit_operations
+from kdlsq_fx.family_tables import Sizes, bit_operations, latency, measure_losses
 from kdlsq_fx.files import read_tensors, write_tensors
 from kdlsq_fx.train import plain_groups
 
@@ -183,6 +184,52 @@ def test_a_uniform_member_has_the_size_of_the_model_of_its_width(tmp_path: Path)
         kq.convert(alone).save_pretrained(tmp_path / str(bits))
         size = (tmp_path / str(bits) / "model.safetensors").stat().st_size
         assert abs(sizes.of(family.uniform(bits)) - size) < 64  # the header's "first" and "levels" of other codes
+
+
+def test_the_time_of_blocks_is_what_a_model_lacks_without_them() -> None:
+    family, _, _ = ready("bert")
+    ran = []
+
+    def run_ms(member: Member) -> float:
+        ran.append(member.left_out)
+        return 10.0 - 3.0 * len(member.left_out)
+
+    whole, blocks = latency(family, run_ms)
+    assert whole == 10.0 and blocks.tolist() == [3.0, 3.0] and ran == [(), (0,)]  # blocks of equal work once
+
+
+class Told:
+    """Losses that are a formula of the member."""
+
+    def __init__(self, family: Any, blocks: list[float]) -> None:
+        self.family, self.blocks = family, blocks
+
+    def of(self, key: str, member: Member) -> dict[str, float]:
+        narrow = sum((i + 1) / bits for i, bits in enumerate(member.bits))
+        return {"output": 5 + narrow + sum(self.blocks[b] for b in member.left_out) + 0.1 * len(member.left_out) ** 2}
+
+
+def test_tables_of_losses_hold_one_change_at_a_time() -> None:
+    family, _, _ = ready("bert")
+    table, depths = measure_losses(Told(family, [0.5, 0.25]), "output")  # type: ignore[arg-type]
+    want = (np.arange(len(family.switches)) + 1)[:, None] * (1 / np.array(WIDTHS) - 1 / 8)
+    np.testing.assert_allclose(table, want, atol=1e-12)
+    assert depths == {(): 0.0, (0,): pytest.approx(0.6), (1,): pytest.approx(0.35)}
+
+
+def test_sets_of_blocks_grow_from_the_best_smaller_ones() -> None:
+    family = SimpleNamespace(
+        largest=Member((8,)),
+        bits=(2, 8),
+        switches=[SimpleNamespace(name="w")],
+        removable=list(range(6)),
+        most_left_out=2,
+    )
+    _, depths = measure_losses(Told(family, [5.0, 1.0, 4.0, 2.0, 3.0, 6.0]), "output")  # type: ignore[arg-type]
+    best = {1, 3, 4}
+    want = {tuple(sorted((a, b))) for a in best for b in range(6) if a != b}
+    assert {d for d in depths if len(d) == 2} == want and len(depths) == 1 + 6 + len(want)
+    assert depths[1, 3] == pytest.approx(3.0 + 0.4)
 
 
 def test_bit_operations_are_those_counted_by_hand() -> None:
