@@ -149,9 +149,10 @@ def refuse_below(most: float, least: float, cost: str = "bytes") -> None:
     """ConfigError where a budget is below what the smallest member costs; it names that."""
     if most < least:
         size, unit = UNITS[cost] if least >= UNITS[cost][0] / 10 else (1.0, cost)
-        what = f"a budget of {most / size:.2f} {unit} is below the smallest model, {least / size:.2f} {unit}"
-        do = f"ask for at least {np.ceil(100 * least / size) / 100:.2f} {unit}, allow narrower widths (--bits), "
-        raise ConfigError(what, where="budget", do=do + "or more blocks to be left out (--leave-out)")
+        what = f"a budget of {most / size:.4g} {unit} is below the smallest model, {least / size:.2f} {unit}"
+        do = f"ask for at least {np.ceil(100 * least / size) / 100:.2f} {unit}, "
+        do += "allow narrower widths (--bits), " * (cost != "ms") + "or more blocks to be left out (--leave-out)"
+        raise ConfigError(what, where=f"budget of {cost}", do=do)
 
 
 def _solve(

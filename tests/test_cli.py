@@ -360,3 +360,16 @@ def test_rules_from_a_file(tmp_path: Path) -> None:
     spec = job.minmax(rules).rules[0].weight
     assert spec is not None and (spec.bits, spec.quantizer) == (3, "minmax")
     assert main(["inspect", str(model), "--qconfig", str(tmp_path / "mine.json")]) == 0
+
+
+def test_a_tokenizer_without_token_types_is_told_of_and_reaches_onnx(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = write_model(tmp_path / "bert"), tmp_path / "out"
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_input_names": ["input_ids", "attention_mask"]}))
+    data = write_sst(tmp_path / "sst2", train=32)
+    argv = ["train", "--data", str(data), "--model", str(model), "--qconfig", "W8E8A8", "--out", str(out), *QUICK]
+    with pytest.warns(UserWarning, match="gives no token types, the model has 2"):
+        assert main([*argv, "--fp32-epochs", "0"]) == 0
+    assert "| ONNX |" in capsys.readouterr().out

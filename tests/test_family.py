@@ -67,6 +67,12 @@ def test_a_member_read_out_is_the_family_set_to_it(name: str, qconfig: str, left
             assert alone.gm.get_submodule(switch.quantizer).spec.bits == bits
 
 
+def test_the_rules_of_a_member_fit_no_other_model() -> None:
+    family, _, _ = ready("bert")
+    with pytest.raises(ConfigError, match="matches nothing"):
+        kq.prepare_qat(tiny("distilbert"), family.qconfig(mixed(family)))
+
+
 def test_a_member_goes_through_all_stages_and_folders(tmp_path: Path) -> None:
     family, model, data = ready("bert", "W8E8A8-int")
     alone = family.member(mixed(family, 0), model)
@@ -261,7 +267,8 @@ def test_what_makes_no_family_is_an_error(options: dict[str, Any], says: str) ->
 
 
 @pytest.mark.parametrize(
-    ("blocks", "says"), [([5], "there are 2 blocks"), ([-1], "names no blocks"), ("x", "names no")]
+    ("blocks", "says"),
+    [([5], "there are 2 blocks"), ([-1], "names no blocks"), ("x", "names no"), ([1, 0], "all 2 blocks are left out")],
 )
 def test_blocks_that_are_not_there_cannot_be_left_out(blocks: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):

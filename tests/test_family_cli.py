@@ -134,7 +134,7 @@ def test_sensitivity_trains_nothing(made: tuple[Path, list[str], list[str]], cap
         (["--budget", "30KiB", "--calibration", "30"], "30 of 30 rows held out"),
         (["--sensitivity", "--bits", "1,8"], "from 2 to 8"),
         (["--budget", "90KiB", "--leave-out", "3"], "leave out 0 to 1"),
-        (["--budget", "90KiB", "--latency", "0.00001"], "a budget of 0.00 ms is below the smallest"),
+        (["--budget", "90KiB", "--latency", "0.00001"], "ms is below the smallest"),
         (["--budget", "90KiB", "--bit-operations", "1e-9"], "below the smallest"),
     ],
 )
