@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from kdlsq_fx.cli_parts import say
+from kdlsq_fx.errors import CheckpointError
 
 TASKS = ("kg-triples", "kg-links", "kg-relations")
 WITH_NEGATIVES = ("kg-triples", "kg-links")
 FORMS = {"ptq": "min-max PTQ", "qat": "student (qat)", "int": "integer", "onnx": "ONNX"}  # the rows of job.preset_rows
+RANKING = Path("runs") / "ranking"  # unfinished rankings of an `eval` without --out, in the current folder
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
@@ -33,8 +36,7 @@ def skipped(args: argparse.Namespace) -> tuple[str, ...]:
 
 def load(args: argparse.Namespace, tokenizer: Any, **fields: Any) -> tuple[Any, Any, tuple[str, ...]]:
     """The data set of a graph's task that the options of a command name; what makes a row of its table; and the names
-    of its figures (none: those of its metric). A ranking that is stopped is kept in the output folder of `train`,
-    beside the file of `eval --out`. ``fields``: of kg_job.KgDataset."""
+    of its figures (none: those of its metric). ``fields``: of kg_job.KgDataset."""
     from kdlsq_fx import kg_job
 
     names = ("max_length", "long_texts", "seed", "negatives", "split")
@@ -43,9 +45,25 @@ def load(args: argparse.Namespace, tokenizer: Any, **fields: Any) -> tuple[Any, 
     if args.command == "train":
         fields["states"] = args.out / "ranking"
     if args.command == "eval":
-        fields["states"] = args.out.with_name(args.out.name + ".ranks") if args.out else None
-        fields["batch_size"] = args.batch_size
+        fields |= {"states": _states(args), "keep": False, "batch_size": args.batch_size}
     found = kg_job.load(args.data, tokenizer, args.task, **options, **fields)
     for note in kg_job.notes(found):
         say(note)
     return found, kg_job.measure, kg_job.figures(args.task)
+
+
+def _states(args: argparse.Namespace) -> Path | None:
+    """Where `eval` keeps an unfinished ranking: beside ``--out``, else in ``RANKING``; None, which is said, where that
+    cannot be written to."""
+    from kdlsq_fx.files import check_folder
+
+    if args.task != "kg-links":
+        return None
+    if args.out:
+        return Path(args.out).with_name(args.out.name + ".ranks")
+    try:
+        check_folder(RANKING)
+    except CheckpointError as e:
+        say(f"{e.what}: a ranking that is stopped will be lost (--out FILE keeps it beside FILE)")
+        return None
+    return RANKING

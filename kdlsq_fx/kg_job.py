@@ -22,10 +22,12 @@ from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.kg_graph import RELATION, Graph, Triples, read_graph
 from kdlsq_fx.kg_metrics import FIGURES, rank_scores, relation_ranks
 from kdlsq_fx.kg_negatives import Fresh, with_negatives
+from kdlsq_fx.kg_progress import identity
 from kdlsq_fx.kg_ranking import Plan, rank
 from kdlsq_fx.kg_text import Texts
 
 NEGATIVES = {"kg-triples": 1, "kg-links": 5, "kg-relations": 0}  # of a true triple in training: the released scripts'
+MEASURED_SEED = 42  # of the false triples that a measured split lacks
 # tokens of a sequence in the released scripts, by folder name without `kg` and signs; 128 for others
 MAX_LENGTH = {"umls": 15, "wn11": 20, "fb13": 200, "fb15k": 25, "wn18rr": 50, "fb15k237": 150}
 
@@ -33,7 +35,8 @@ MAX_LENGTH = {"umls": 15, "wn11": 20, "fb13": 200, "fb15k": 25, "wn18rr": 50, "f
 @dataclass(frozen=True, kw_only=True)
 class KgDataset(Dataset):
     """A task of a graph. ``dev`` holds the sequences of the measured split (of kg-links its true triples alone, whose
-    ranks are measured). ``states``: folder for unfinished rankings, None for none."""
+    ranks are measured). ``batch_size``: of measuring. ``states``: folder where rankings are written down, None for
+    none; with ``keep`` finished ones stay there."""
 
     kind: str
     graph: Graph
@@ -42,6 +45,7 @@ class KgDataset(Dataset):
     measured: Triples
     batch_size: int = 256
     states: Path | None = None
+    keep: bool = True
 
     def extents(self, *, train: bool = True) -> dict[str, tuple[int, int, int]]:
         """Of all sequences of the graph: ranks and negatives take any entity."""
@@ -63,7 +67,8 @@ def load(
 ) -> KgDataset:
     """Read a graph and tokenize it for one of the tasks. ``negatives`` of each true triple in training (None: as
     ``NEGATIVES``), drawn once from ``seed``, or with ``fresh`` in every epoch. A measured split without false triples
-    gets one for each true one in kg-triples, which no split knows as true. ``fields``: of :class:`KgDataset`."""
+    gets one for each true one in kg-triples, which no split knows as true, the same for every ``seed``. ``fields``: of
+    :class:`KgDataset`."""
     graph = read_graph(source, long_texts=long_texts)
     if split not in graph.splits:
         raise InputError(f"no {split} file", where=str(source), do=f"splits here: {', '.join(graph.splits)}")
@@ -73,7 +78,7 @@ def load(
     task = Task(name=graph.name, metric="accuracy", labels=classes, max_length=length)
     per = NEGATIVES[kind] if negatives is None else negatives
     train = _train(graph, texts, kind, per=per, fresh=fresh, seed=seed)
-    measured = _measured(graph, kind, split, seed)
+    measured = _measured(graph, kind, split)
     if kind == "kg-relations":
         dev = texts.pairs(measured.rows, measured.rows[:, RELATION])
     else:
@@ -93,7 +98,7 @@ def _train(graph: Graph, texts: Texts, kind: str, *, per: int, fresh: bool, seed
     return texts.triples(made.rows, made.labels)
 
 
-def _measured(graph: Graph, kind: str, split: str, seed: int) -> Triples:
+def _measured(graph: Graph, kind: str, split: str) -> Triples:
     """The triples of the split that the task is measured on."""
     found = graph.splits[split]
     if not len(found.true):
@@ -102,7 +107,7 @@ def _measured(graph: Graph, kind: str, split: str, seed: int) -> Triples:
         return Triples(found.true, np.ones(len(found.true), dtype=np.int64))
     if not found.labels.all():
         return found
-    return with_negatives(found.rows, graph.facts(), per=1, seed=seed)
+    return with_negatives(found.rows, graph.facts(), per=1, seed=MEASURED_SEED)
 
 
 def notes(dataset: KgDataset) -> list[str]:
@@ -120,18 +125,27 @@ def figures(kind: str) -> tuple[str, ...]:
 def measure(name: str, preset: str, model: Any, dataset: KgDataset, *, size: int = 0) -> job.Row:
     """One line of the table. Ranks stand in ``predictions``, head and tail of each triple in turn."""
     if dataset.kind == "kg-triples":
-        return job.measure(name, preset, model, dataset, size=size)
+        return job.measure(name, preset, model, dataset, size=size, batch_size=dataset.batch_size)
     began = time.monotonic()
     if dataset.kind == "kg-relations":
         ranks, seconds = _rank_relations(model, dataset), time.monotonic() - began
     else:
-        title = f"rank {preset} {name}"
-        state = dataset.states / (re.sub(r"[^A-Za-z0-9]+", "-", title) + ".safetensors") if dataset.states else None
-        plan = Plan(dataset.measured.rows, dataset.graph.facts())
+        title, plan = f"rank {preset} {name}", Plan(dataset.measured.rows, dataset.graph.facts())
+        state = _state(model, plan, dataset, title)
         with job.on_device(model, dataset.device):
-            done = rank(model, plan, dataset.texts, batch_size=dataset.batch_size, state=state, title=title)
+            done = rank(
+                model, plan, dataset.texts, batch_size=dataset.batch_size, state=state, keep=dataset.keep, title=title
+            )
         ranks, seconds = done.ranks, done.seconds
     return job.Row(name, preset, rank_scores(ranks), size, seconds, ranks.reshape(-1).tolist(), [])
+
+
+def _state(model: Any, plan: Plan, dataset: KgDataset, title: str) -> Path | None:
+    """The file of a ranking, named by what it is of: one of other weights, triples or lengths has another name."""
+    if dataset.states is None:
+        return None
+    name = re.sub(r"[^A-Za-z0-9]+", "-", title)
+    return dataset.states / f"{name}-{identity(model, plan.triples, plan.facts, dataset.texts)[:12]}.safetensors"
 
 
 def _rank_relations(model: Any, dataset: KgDataset) -> np.ndarray:

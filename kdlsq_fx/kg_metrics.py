@@ -46,7 +46,10 @@ def _mean(values: np.ndarray) -> tuple[float, float]:
 
 def relation_ranks(logits: np.ndarray, rows: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Filtered expected ranks float64 [n, 1] of the true relation of triples int64 [n, 3] among logits [n, relations].
-    ``known`` bool [n, relations]: relations that are true between that head and that tail, the own one among them."""
+    ``known`` bool [n, relations]: relations that are true between that head and that tail, the own one among them.
+    InputError for NaN or infinity, which would rank first."""
+    if not np.isfinite(logits).all():
+        raise InputError("logits hold NaN or infinity", do="look at the model's outputs; training may have diverged")
     own = np.arange(len(rows)), rows[:, 1]
     others = ~known
     true = logits[own][:, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,20 @@ class Progress:
         self.question, self.scores = question, np.zeros(0, dtype=np.float32)
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Saves at the end of the block, and when it is left by an error or an interrupt."""
+    def kept(self, *, at_end: bool) -> Iterator[None]:
+        """Saves when the block is left by an error or an interrupt. At its end it saves too, or removes the file (and
+        the folder that is then empty)."""
         try:
             yield
-        finally:
+        except BaseException:
             self.save()
+            raise
+        if at_end:
+            self.save()
+        elif self.path is not None:
+            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # other rankings stand there, or it was never made
+                self.path.parent.rmdir()
 
     def save(self, *, older_than: float = 0.0) -> None:
         """Write the file, atomically, where the last one is ``older_than`` seconds old."""
@@ -82,15 +90,17 @@ class Progress:
 
 
 def identity(model: Any, triples: np.ndarray, facts: Facts, texts: Texts) -> str:
-    """Hash of all that decides the scores and their order: weights, triples, facts, tokens."""
+    """Hash of all that decides the scores and their order: weights, what runs them, triples, facts, tokens."""
     digest = hashlib.sha256()
-    sizes = np.array([facts.entities, facts.relations, texts.max_length])
+    sizes = np.array([facts.entities, facts.relations, texts.max_length, texts.cls_id, texts.sep_id, texts.typed])
     pieces = (texts.entities, texts.relations)
     for array in (triples, facts.keys, sizes, *(a for p in pieces for a in (p.ids, p.starts))):
         digest.update(np.ascontiguousarray(array).tobytes())
     if isinstance(model, str | Path):
         digest.update(Path(model).read_bytes() if Path(model).is_file() else b"")
     elif isinstance(model, torch.nn.Module):
+        digest.update(f"{type(model).__name__} {getattr(model, 'backend', '')}".encode())
         for name, value in sorted(model.state_dict().items()):
-            digest.update(name.encode() + value.detach().cpu().contiguous().view(-1).numpy().tobytes())
+            raw = value.detach().cpu().contiguous().view(-1).view(torch.uint8)  # NumPy has no bfloat16
+            digest.update(name.encode() + raw.numpy().tobytes())
     return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 For a triple (h, r, t) two questions are asked, (?, r, t) and (h, r, ?). Other known true answers are filtered out
 (Bordes et al. 2013). Triples with the same question share its scores, and known answers that are nobody's target are
-not scored at all: UMLS's dev needs 88 thousand sequences in place of 176 thousand, for the same ranks.
+not scored at all: UMLS's dev needs 89,666 sequences in place of 176,040, for the same ranks.
 A rank is the expected one where scores are equal: 1 + (number greater) + (number of others equal) / 2.
 """
 
@@ -108,37 +108,42 @@ def rank(
     *,
     batch_size: int = 256,
     state: Path | None = None,
+    keep: bool = True,
     title: str = "rank",
     save_seconds: float = 30.0,
 ) -> Ranked:
     """The filtered rank of head and of tail of every triple of the plan.
 
     ``model``: whatever :func:`kdlsq_fx.evaluation.evaluate` runs, with two outputs. With ``state``, a file, ranks and
-    scores are written down every ``save_seconds``, at the end of it all, at an error, and at Ctrl-C or SIGTERM
-    (:class:`Interrupted`); called again it scores only what is not there. CheckpointError where the file is of another
-    model, graph, plan or length. InputError for a model of another width and for scores that are NaN or infinite.
+    scores are written down every ``save_seconds``, at an error, and at Ctrl-C or SIGTERM (:class:`Interrupted`); called
+    again it scores only what is not there. When all is ranked the file stays with ``keep``, else it is removed.
+    CheckpointError where the file is of another model, graph, plan or length. InputError for a model of another width
+    and for scores that are NaN or infinite.
     """
     progress = Progress(state, len(plan.triples), identity(model, plan.triples, plan.facts, texts) if state else "")
     run, sizes, quiet = runner(model), [plan.size(i) for i in range(len(plan))], not sys.stderr.isatty()
     total, seen = sum(sizes), sum(sizes[: progress.question])
     bar = tqdm(total=total, initial=seen, desc=title, disable=quiet, unit="row", dynamic_ncols=True)
-    with Stop() as stop, bar, progress.kept():
-        for chunk in plan.chunks(progress.question):
-            questions = [plan.question(i) for i in chunk]
-            data = texts.triples(np.concatenate([q.rows for q in questions]))
-            scores = progress.begin(len(data))
-            for rows in data.sorted_batches(batch_size):
-                new = rows[np.isnan(scores[rows])]
-                if len(new):
-                    scores[new] = score(run, data, new)
-                seen += len(rows)
-                bar.update(len(rows))
-                progress.save(older_than=save_seconds)
-                if stop.asked:
-                    kept = f"saved in {state}, run again to go on" if state else "nothing was kept"
-                    raise Interrupted(f"stopped at {seen} of {total} sequences; {kept}")
-            _take_ranks(questions, scores, progress.ranks)
-            progress.end(chunk.stop)
+    try:
+        with Stop() as stop, bar, progress.kept(at_end=keep):
+            for chunk in plan.chunks(progress.question):
+                questions = [plan.question(i) for i in chunk]
+                data = texts.triples(np.concatenate([q.rows for q in questions]))
+                scores = progress.begin(len(data))
+                for rows in data.sorted_batches(batch_size):
+                    new = rows[np.isnan(scores[rows])]
+                    if len(new):
+                        scores[new] = score(run, data, new)
+                    seen += len(rows)
+                    bar.update(len(rows))
+                    progress.save(older_than=save_seconds)
+                    if stop.asked:
+                        raise KeyboardInterrupt
+                _take_ranks(questions, scores, progress.ranks)
+                progress.end(chunk.stop)
+    except KeyboardInterrupt:  # a second Ctrl-C comes in the middle of a batch
+        kept = f"saved in {state}, run again to go on" if state else "nothing was kept"
+        raise Interrupted(f"stopped at {seen} of {total} sequences; {kept}") from None
     return Ranked(progress.ranks, progress.seconds, total)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from tiny_glue import bert, tokenizer
 from tiny_graph import write_graph
 
-from kdlsq_fx import kg_job, kg_ranking
+from kdlsq_fx import kg_job, kg_ranking, metrics
+from kdlsq_fx.data import Task
 from kdlsq_fx.errors import CheckpointError, ConfigError, InputError
 from kdlsq_fx.kg_graph import Facts, Graph, read_graph
 from kdlsq_fx.kg_metrics import rank_difference, rank_scores, relation_ranks
@@ -24,6 +26,9 @@ from kdlsq_fx.kg_negatives import Fresh, corrupt, with_negatives
 from kdlsq_fx.kg_ranking import Plan, rank, ranks_of
 from kdlsq_fx.kg_text import Texts, shorten
 from kdlsq_fx.train import Interrupted
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import kg  # noqa: E402
 
 KG = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -301,11 +306,25 @@ def test_figures_of_ranks() -> None:
             rank_scores(bad)
 
 
+def test_what_the_benchmark_computes_of_its_own(graph: Graph) -> None:
+    """The paired error without labels is the bootstrap's with them; the other answers are counted one by one."""
+    rng = np.random.default_rng(0)
+    labels, flips = rng.integers(2, size=900), rng.random((2, 900)) < [[0.1], [0.2]]
+    a, b = np.where(flips, 1 - labels, labels)
+    gap, error = metrics.difference(Task(name="x", metric="accuracy"), a, b, labels)
+    assert kg.accuracy_error(a, b, gap) == pytest.approx(error, rel=0.1)
+    rows = graph.splits["dev"].rows
+    pairs = [[(np.delete(x, side) == np.delete(y, side)).all() for x in rows for y in rows] for side in (0, 2)]
+    assert kg.other_answers(rows) == pytest.approx(np.sum(pairs) / (2 * len(rows)) - 1)
+
+
 def test_ranks_of_relations() -> None:
     logits = np.array([[3.0, 2, 2, 1], [0, 5, 5, 5]])
     known = np.array([[True, False, True, False], [False, True, False, False]])
     got = relation_ranks(logits, np.array([[0, 2, 1], [0, 1, 1]]), known)
     assert got.tolist() == [[1.5], [2.0]]  # relation 0 is true as well; two others as good
+    with pytest.raises(InputError, match="NaN"):
+        relation_ranks(np.full((1, 4), np.nan), np.array([[0, 2, 1]]), known[:1])  # would rank first
 
 
 def test_what_cannot_be_ranked(graph: Graph, texts: Texts) -> None:
@@ -348,16 +367,22 @@ def test_an_interrupted_ranking_goes_on_and_scores_nothing_twice(
     assert np.array_equal(rank(model, plan, texts, state=state).ranks, whole.ranks) and model.seen == whole.sequences
 
 
-def test_a_failing_model_loses_nothing(tmp_path: Path, graph: Graph, texts: Texts) -> None:
+@pytest.mark.parametrize(
+    ("error", "told", "says"),
+    [(OSError("the disk is gone"), OSError, "disk"), (KeyboardInterrupt(), Interrupted, r"of \d+ sequences; saved in")],
+)  # the second comes in the middle of a batch: Ctrl-C for the second time
+def test_a_failing_model_loses_nothing(
+    tmp_path: Path, graph: Graph, texts: Texts, error: BaseException, told: type[BaseException], says: str
+) -> None:
     rows, plan = every(graph), Plan(graph.splits["dev"].true, graph.facts())
     model, state = Table(texts, np.arange(len(rows), dtype=np.float32), rows), tmp_path / "ranks.safetensors"
 
     def failing(**batch: torch.Tensor) -> torch.Tensor:
         if model.seen > 300:
-            raise OSError("the disk is gone")
+            raise error
         return model(**batch)
 
-    with pytest.raises(OSError, match="disk"):
+    with pytest.raises(told, match=says):
         rank(failing, plan, texts, batch_size=8, state=state)
     rank(model, plan, texts, batch_size=8, state=state)
     assert model.seen == rank(model, plan, texts, state=state).sequences
@@ -374,6 +399,8 @@ def test_a_state_of_another_ranking_is_refused(tmp_path: Path, graph: Graph, tex
         of = Texts(graph, tokenizer(), max_length=length)
         with pytest.raises(CheckpointError, match="another ranking"):
             rank(again, Plan(graph.splits[rows].true, facts), of, state=state)
+    half = bert().to(torch.bfloat16)  # NumPy has no such type
+    rank(half, Plan(graph.splits["test"].true, facts), texts, state=tmp_path / "half.safetensors")
     state.write_bytes(state.read_bytes()[:50])
     with pytest.raises(CheckpointError, match="damaged"):
         rank(model, Plan(graph.splits["test"].true, facts), texts, state=state)
@@ -386,9 +413,24 @@ def test_kg_triples_draws_what_the_split_lacks(folder: Path, tmp_path: Path) -> 
     made = kg_job.load(folder, tokenizer(), "kg-triples")
     assert len(made.dev) == 60 and made.dev.labels is not None and made.dev.labels.sum() == 30
     assert not made.graph.facts().hold(made.measured.rows[made.measured.labels == 0]).any()
+    other = kg_job.load(folder, tokenizer(), "kg-triples", seed=7)
+    assert np.array_equal(other.measured.rows, made.measured.rows)  # what is measured depends on no seed
+    assert other.train.fingerprint != made.train.fingerprint
     assert kg_job.notes(made) == ["dev holds no false triples: 30 were drawn, one for each true one"]
     given = kg_job.load(write_graph(tmp_path / "graph", labelled=True), tokenizer(), "kg-triples")
     assert np.array_equal(given.measured.rows, given.graph.splits["dev"].rows) and not kg_job.notes(given)
+
+
+def test_every_task_is_measured_in_batches_of_the_size_asked_for(folder: Path) -> None:
+    for task in kg_job.NEGATIVES:
+        sizes: list[int] = []
+
+        def model(input_ids: torch.Tensor, sizes: list[int] = sizes, **_: Any) -> torch.Tensor:
+            sizes.append(len(input_ids))
+            return torch.zeros(len(input_ids), 2)
+
+        kg_job.measure("a", "b", model, kg_job.load(folder, tokenizer(), task, batch_size=7))
+        assert max(sizes) == 7
 
 
 def test_lengths_and_negatives_are_the_papers(folder: Path, tmp_path: Path) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tiny_glue import bert, tokenizer
 from tiny_graph import write_graph
 
+from kdlsq_fx import kg_ranking
 from kdlsq_fx.cli import main
 
 QUICK = [
@@ -60,11 +65,10 @@ def test_links_by_every_form(home: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert without_seconds[0] == without_seconds[1]
     out = home / "eval.json"
     for path in ("fp32", "W8E8A8/qat", "W8E8A8/int", "W8E8A8/model.onnx"):
-        out.unlink(missing_ok=True)
-        [p.unlink() for p in home.glob("eval.json.ranks/*")]
         args = ["eval", str(home / "kg-links" / path), "--task", "kg-links", "--data", str(home / "graph")]
         assert main([*args, "--out", str(out), "--split", "test"]) == 0
         assert capsys.readouterr().out.startswith("MR\t") and len(json.loads(out.read_text())["predictions"]) == 40
+    assert not list(home.glob("eval.json.ranks"))
 
 
 @pytest.mark.parametrize("task", ["kg-triples", "kg-relations"])
@@ -77,6 +81,51 @@ def test_other_tasks(home: Path, task: str, capsys: pytest.CaptureFixture[str]) 
     assert main(["eval", model, "--task", task, "--data", str(home / "graph")]) == 0
     name = "accuracy" if task == "kg-triples" else "Hits@1"
     assert f"{name}\t{rows[1]['scores'][name]:.2f}" in capsys.readouterr().out
+
+
+def test_an_eval_that_is_stopped_goes_on_without_out(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its state stands under runs/ in the current folder, by the model's weights, until all is ranked."""
+    for name, bias in (("a", 0.0), ("b", 0.1)):
+        model = bert()
+        torch.nn.init.constant_(model.classifier.bias, bias)
+        model.save_pretrained(tmp_path / name / "model")
+        tokenizer().save_pretrained(tmp_path / name / "model")
+    seen, stop_at = 0, 0
+    score = kg_ranking.score
+
+    def counted(run: Any, data: Any, rows: Any) -> Any:
+        nonlocal seen
+        seen += len(rows)
+        if seen == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return score(run, data, rows)
+
+    def ranked(name: str, *, stop: int = 0) -> tuple[int, int, str]:
+        """Exit code, sequences scored, stdout or what the stop says."""
+        nonlocal seen, stop_at
+        seen, stop_at = 0, stop
+        where = [str(tmp_path / name / "model"), "--data", str(home / "graph")]
+        code = main(["eval", *where, "--task", "kg-links", "--batch-size", "16"])
+        told = capsys.readouterr()
+        return code, seen, told.err if code else told.out
+
+    monkeypatch.setattr(kg_ranking, "score", counted)
+    monkeypatch.chdir(tmp_path)
+    _, total, whole = ranked("a")
+    assert not (tmp_path / "runs").exists()  # a ranking that is not stopped leaves nothing
+    code, part, told = ranked("a", stop=48)
+    (state,) = (tmp_path / "runs" / "ranking").iterdir()
+    assert f"stopped at 48 of {total} sequences; saved in runs/ranking/{state.name}" in told
+    assert (code, part) == (130, 48)
+    assert ranked("b")[:2] == (0, total)  # of the same name, but other weights
+    assert ranked("a") == (0, total - 48, whole)
+    assert not state.parent.exists() and ranked("a")[1] == total
+    (tmp_path / "runs").rmdir()
+    (tmp_path / "runs").write_text("no folder")
+    code, _, told = ranked("a", stop=16)
+    assert code == 130 and "a ranking that is stopped will be lost (--out FILE" in told and "nothing was kept" in told
 
 
 def test_bad_calls(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
