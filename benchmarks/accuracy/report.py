@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def write(folder: Path) -> None:
     ]
     for bits in (8, 4, 2):
         text += _table(runs, labels, bits)
-    text += ["", *_pairs(runs, labels), "", *_rates(), "", *_origin(runs.values())]
+    text += ["", *_pairs(runs, labels), "", *_by_task(runs, labels), "", *_rates(), "", *_origin(runs.values())]
     (run.HERE / "accuracy.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     _draw(runs)
 
@@ -91,9 +91,8 @@ def _table(runs: dict[Key, Any], labels: dict[str, np.ndarray], bits: int) -> li
             mean = f"{np.mean(scores):.2f}"
             if name != "fp32":
                 versus = _interval(*_difference(runs, labels, (name, b), ("fp32", 32), tasks, seeds))
-        title = {"fp32": "fp32", "best": BEST}.get(name) or trial.ROWS[name].title
         counts = ", ".join(map(str, seeds)) or "not whole"
-        out.append(f"| {title} | {' | '.join(cells)} | {mean} | {versus} | {counts} |")
+        out.append(f"| {_title(name)} | {' | '.join(cells)} | {mean} | {versus} | {counts} |")
     return out
 
 
@@ -151,9 +150,30 @@ def _pairs(runs: dict[Key, Any], labels: dict[str, np.ndarray]) -> list[str]:
             seeds = _seeds(runs, [(a, bits), (b, bits)], run.CORE)
             got = _difference(runs, labels, (a, bits), (b, bits), run.CORE, seeds) if seeds else None
             cells.append(f"{_interval(*got)} ({_verdict(got)})" if got else "–")
-        title = {n: BEST if n == "best" else trial.ROWS[n].title for n in (a, b)}
-        out.append(f"| {title[a]} − {title[b]} | {' | '.join(cells)} |")
+        out.append(f"| {_title(a)} − {_title(b)} | {' | '.join(cells)} |")
     return out
+
+
+def _by_task(runs: dict[Key, Any], labels: dict[str, np.ndarray]) -> list[str]:
+    """The same differences of 2 bits for each task alone, over the seeds that this task has."""
+    out = [
+        "The same at W2E2A8 by task, over all seeds that the task has for both:",
+        "",
+        f"| | {' | '.join(run.CORE)} |",
+    ]
+    out += ["|---" * (1 + len(run.CORE)) + "|"]
+    for a, b in PAIRS:
+        cells = []
+        for task in run.CORE:
+            seeds = _seeds(runs, [(a, 2), (b, 2)], [task])
+            got = _difference(runs, labels, (a, 2), (b, 2), [task], seeds) if seeds else None
+            cells.append(f"{_interval(*got)} ({', '.join(map(str, seeds))})" if got else "–")
+        out.append(f"| {_title(a)} − {_title(b)} | {' | '.join(cells)} |")
+    return out
+
+
+def _title(name: str) -> str:
+    return {"fp32": "fp32", "best": BEST}.get(name) or trial.ROWS[name].title
 
 
 def _verdict(got: tuple[float, float, float]) -> str:
@@ -181,12 +201,14 @@ def _rates() -> list[str]:
     return out
 
 
-def _origin(runs: Iterable[dict[str, Any]]) -> list[str]:
+def _origin(runs: Collection[dict[str, Any]]) -> list[str]:
     seen: dict[str, set[str]] = {}
     for r in runs:
         for key, value in (*((k, r[k]) for k in ("machine", "date", "commit")), *r["versions"].items()):
             seen.setdefault(key, set()).add(value)
-    return ["; ".join(f"{key} {', '.join(sorted(values))}" for key, values in seen.items()) + "."]
+    narrow = sorted({f"{r['task']} seed {r['seed']}" for r in runs if r.get("precision") == "bf16"})
+    told = [f"Matrix products in bfloat16 while students trained (all others float32): {', '.join(narrow)}.", ""]
+    return told * bool(narrow) + ["; ".join(f"{key} {', '.join(sorted(v))}" for key, v in seen.items()) + "."]
 
 
 # --- pictures
