@@ -6,7 +6,9 @@
 all three kinds of sub-layer at every position and is trained with random orders. A table says what a kind at a position
 adds to the loss: least squares over random orders, on sentences held out from training. The exact search of
 kdlsq_fx/family_search.py (kinds stand for its widths) proposes orders within a budget of bytes; the best few are run,
-and the winner goes on with the supernet's weights through ``prepare_qat`` and ``convert``.
+and the winner goes on with the supernet's weights through ``prepare_qat`` and ``convert``, beside the same network
+trained for as many more steps in floats. Every part of the training has sentences of its own draw.
+benchmarks/lv_bert_qat.py measures this with more rows.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import argparse
 import csv
 import gzip
 import io
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,7 @@ from kdlsq_fx.family import Member
 from kdlsq_fx.family_search import Tables, best
 
 Batch = dict[str, Tensor]
+HELD_OUT = 512  # sentences of train that choose the order; an eighth of a smaller train
 
 
 class SuperNet(LVBert):
@@ -60,15 +64,20 @@ class SuperNet(LVBert):
         return made
 
     def tables(self, loss: np.ndarray) -> Tables:
-        """What the exact search reads: ``loss`` [positions, kinds], and the bytes of int8 weights."""
-        size = [[float(sum(p.numel() for p in layer[k].parameters())) for k in KINDS] for layer in self.layers]  # type: ignore[index]
-        rest = float(sum(p.numel() for n, p in self.named_parameters() if not n.startswith("layers.")))
+        """What the exact search reads: ``loss`` [positions, kinds], and bytes (:func:`stored`)."""
+        size = [[sum(map(stored, layer[k].parameters())) for k in KINDS] for layer in self.layers]  # type: ignore[index]
+        rest = float(sum(stored(p) for n, p in self.named_parameters() if not n.startswith("layers.")))
         places = range(len(self.layers))
         return Tables(
             bits=tuple(range(len(KINDS))), names=tuple(f"layers.{i}" for i in places), blocks=(-1,) * len(self.layers),
-            loss=loss, costs={"bytes": np.array(size)}, fixed={"bytes": rest}, per_block={"bytes": np.zeros(0)},
+            loss=loss, costs={"bytes": np.array(size, float)}, fixed={"bytes": rest}, per_block={"bytes": np.zeros(0)},
             depths={(): 0.0},
         )  # fmt: skip
+
+
+def stored(p: Tensor) -> int:
+    """Bytes of a parameter at 8 bits: one a number of a weight or table, four a number of a bias or LayerNorm."""
+    return p.numel() * (1 if p.dim() > 1 else 4)
 
 
 def read(path: Path) -> tuple[list[str], Tensor]:
@@ -95,33 +104,62 @@ class Sentences:
         for _ in range(steps):
             yield self.batch(torch.randint(len(self.labels), (size,), generator=generator))
 
-    def measure(self, model: nn.Module, size: int = 128) -> tuple[float, float]:
-        """(mean cross entropy, accuracy) of a model in eval mode."""
-        loss, right = 0.0, 0
+    def judged(self, model: nn.Module, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
+        """(cross entropy, whether the class is right) of every sentence, of a model in eval mode."""
+        losses, right = [], []
         with torch.no_grad():
             for rows in torch.arange(len(self.labels)).split(size):
                 inputs, labels = self.batch(rows)
                 logits = model(**inputs)["logits"]
-                loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-                right += int((logits.argmax(-1) == labels).sum())
-        return loss / len(self.labels), right / len(self.labels)
+                losses.append(F.cross_entropy(logits, labels, reduction="none").numpy())
+                right.append((logits.argmax(-1) == labels).numpy())
+        return np.concatenate(losses).astype(float), np.concatenate(right)
+
+    def measure(self, model: nn.Module) -> tuple[float, float]:
+        """(mean cross entropy, accuracy) of a model in eval mode."""
+        losses, right = self.judged(model)
+        return float(losses.mean()), float(right.mean())
 
 
-def train(model: nn.Module, data: Sentences, steps: int, rate: float, rng: np.random.Generator | None = None) -> None:
-    """AdamW, batches of 64, a rate that falls to zero; with ``rng`` each step runs an order of its own."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+def load(folder: Path) -> tuple[Sentences, Sentences, Sentences]:
+    """SST-2 of a folder of tasks: what trains, what is held out of train to judge orders, dev."""
+    words = str(folder / "vocab" / "bert-base-uncased-tokenizer.json")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=words, pad_token="[PAD]", unk_token="[UNK]")
+    texts, labels = read(folder / "sst2" / "train.tsv.gz")
+    at = len(texts) - min(HELD_OUT, len(texts) // 8)
+    parts = ((texts[:at], labels[:at]), (texts[at:], labels[at:]), read(folder / "sst2" / "dev.tsv"))
+    learn, judge, dev = (Sentences(tokenizer, *part) for part in parts)
+    return learn, judge, dev
+
+
+def cross_entropy(model: nn.Module, inputs: Batch, labels: Tensor) -> Tensor:
+    return F.cross_entropy(model(**inputs)["logits"], labels)
+
+
+def train(
+    model: nn.Module,
+    data: Sentences,
+    steps: int,
+    rate: float,
+    seed: int,
+    loss: Callable[[nn.Module, Batch, Tensor], Tensor] = cross_entropy,
+) -> list[float]:
+    """AdamW, batches of 64, a rate that falls to zero; the losses. ``seed`` draws the sentences and the dropout."""
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(kq.param_groups(model, lr=rate))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     model.train()
-    for inputs, labels in tqdm(data.shuffled(steps, 64, 1), total=steps, disable=None):
-        if rng is not None:
-            model.order = drawn(rng, len(model.layers))  # type: ignore[arg-type, assignment]
-        loss = F.cross_entropy(model(**inputs)["logits"], labels)
+    seen = []
+    for inputs, labels in tqdm(data.shuffled(steps, 64, seed), total=steps, disable=None):
+        now = loss(model, inputs, labels)
         optimizer.zero_grad()
-        loss.backward()
+        now.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        seen.append(float(now.detach()))
     model.eval()
+    return seen
 
 
 def drawn(rng: np.random.Generator, depth: int) -> str:
@@ -146,46 +184,74 @@ def table_of(net: SuperNet, data: Sentences, rng: np.random.Generator, orders: i
     return table - table.mean(axis=1, keepdims=True)
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Found:
+    """What a search saw: ``table`` [positions, kinds], and the held-out loss of each order that was run."""
+
+    table: np.ndarray
+    tried: dict[str, float]
+
+    @property
+    def winner(self) -> str:
+        return min(self.tried, key=self.tried.__getitem__)
+
+
+def search(
+    net: SuperNet, learn: Sentences, judge: Sentences, *, steps: int, orders: int, tried: int, most: float
+) -> Found:
+    """Train the supernet with random orders, make its table from ``orders`` of them, run the ``tried`` orders that
+    the table puts first among those of at most ``most`` bytes."""
+    rng = np.random.default_rng(0)
+
+    def of_an_order(model: nn.Module, inputs: Batch, labels: Tensor) -> Tensor:
+        net.order = drawn(rng, len(net.layers))
+        return cross_entropy(model, inputs, labels)
+
+    train(net, learn, steps, 1e-3, 1, of_an_order)
+    table = table_of(net, judge, rng, orders)
+    found: list[Member] = best(net.tables(table), {"bytes": most}, tried)
+    return Found(table, {order: loss_of(net, judge, order) for order in ("".join(map(str, m.bits)) for m in found)})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     for name, value in (("depth", 6), ("steps", 600), ("orders", 60), ("tried", 5), ("hidden", 128)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--mib", type=float, default=8.0, help="int8 bytes of all weights at most")
+    parser.add_argument("--mib", type=float, default=8.0, help="at most; weights at 8 bits, all else four bytes each")
     parser.add_argument("--qconfig", default="W8E8A8-int")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    words = str(args.data / "vocab" / "bert-base-uncased-tokenizer.json")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=words, pad_token="[PAD]", unk_token="[UNK]")
-    texts, labels = read(args.data / "sst2" / "train.tsv.gz")
-    held = len(texts) - 512
-    learn = Sentences(tokenizer, texts[:held], labels[:held])
-    judge = Sentences(tokenizer, texts[held:], labels[held:])
-    dev = Sentences(tokenizer, *read(args.data / "sst2" / "dev.tsv"))
-
-    sizes = {"embedding_size": 64, "hidden_size": args.hidden, "intermediate_size": 2 * args.hidden}
-    net = SuperNet(LVBertConfig(order="0" * args.depth, positions=64, **sizes))  # type: ignore[arg-type]
-    rng = np.random.default_rng(0)
-    train(net, learn, args.steps, 1e-3, rng)
-    table = table_of(net, judge, rng, args.orders)
+    args = parser.parse_args(argv)
+    learn, judge, dev = load(args.data)
+    net = supernet(args.depth, args.hidden)
+    found = search(
+        net, learn, judge, steps=args.steps, orders=args.orders, tried=args.tried, most=args.mib * 2**20
+    )  # fmt: skip
     print("loss of a kind (0 convolution, 1 attention, 2 feed-forward) at a position, above its mean:")
-    print(np.array2string(table, precision=4, suppress_small=True))
-
-    found: list[Member] = best(net.tables(table), {"bytes": args.mib * 2**20}, args.tried)
-    orders = ["".join(map(str, m.bits)) for m in found]
-    true = {order: loss_of(net, judge, order) for order in orders}
-    for order, loss in true.items():
+    print(np.array2string(found.table, precision=4, suppress_small=True))
+    for order, loss in found.tried.items():
         print(f"  {order}: held-out loss {loss:.4f}")
-    winner = min(true, key=true.__getitem__)
 
-    model = net.member(winner)
-    train(model, learn, args.steps, 5e-4)
-    print(f"{winner} float: dev loss and accuracy {dev.measure(model)}")
+    def say(name: str, measured: nn.Module) -> None:
+        print("{} {}: dev loss {:.4f}, accuracy {:.4f}".format(found.winner, name, *dev.measure(measured)))
+
+    model = net.member(found.winner)
+    train(model, learn, args.steps, 5e-4, 2)
+    say("float", model)
     qat = kq.prepare_qat(model, args.qconfig, example=learn.batch(torch.arange(4))[0])
-    kq.calibrate(qat, [inputs for inputs, _ in learn.shuffled(8, 64, 2)])
-    print(f"{winner} {args.qconfig}, calibrated: {dev.measure(qat.eval())}")
-    train(qat, learn, args.steps // 2, 2e-4)
-    print(f"{winner} {args.qconfig}, trained: {dev.measure(qat)}; integers: {dev.measure(kq.convert(qat))}")
+    kq.calibrate(qat, [inputs for inputs, _ in learn.shuffled(8, 64, 3)])
+    say(f"{args.qconfig}, calibrated", qat.eval())
+    longer = deepcopy(model)
+    for name, trained in (("float, trained on", longer), (f"{args.qconfig}, trained on", qat)):
+        train(trained, learn, args.steps // 2, 2e-4, 4)
+        say(name, trained)
+    say(f"{args.qconfig}, integers", kq.convert(qat))
+
+
+def supernet(depth: int, hidden: int) -> SuperNet:
+    """A random supernet of ``depth`` positions, ``hidden`` wide."""
+    torch.manual_seed(0)
+    sizes = {"embedding_size": hidden // 2, "hidden_size": hidden, "intermediate_size": 2 * hidden}
+    return SuperNet(LVBertConfig(order="0" * depth, positions=64, **sizes))  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
