@@ -42,6 +42,7 @@ Written by `python docs/make_support.py`, which tries every cell on a tiny rando
 
 * float capture: the captured graph gives the logits of the eager model, bit for bit.
 * qat: `prepare_qat(model, "W8E8A8")`, `calibrate`, and a backward pass that gives every parameter a finite gradient.
+  No step is taken here; `tests/test_other_layers.py` trains ConvBERT, SqueezeBERT and the LV-BERT of `examples/`.
 * kdlsq int: `convert` of that model; fed the same codes, every site is at most one code from training.
 * integer only: `convert` of a `W8E8A8-int` model, which refuses floats between the ids and the results; same check.
 * integer ONNX: the file of `export_onnx(..., target="integer")` gives the codes of every site and the results of the
@@ -70,7 +71,7 @@ def _input(one: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     return one.get(name, torch.zeros_like(one["input_ids"]))
 
 
-def trains(family: str) -> bool:
+def has_gradients(family: str) -> bool:
     model: nn.Module = tiny(family)
     qat = prepare_qat(model, "W8E8A8").train()
     calibrate(qat, given(family))
@@ -112,7 +113,7 @@ def row(family: str) -> list[str]:
     """The cells of a family."""
     only = tried(agrees, family, "W8E8A8-int")
     onnx = tried(equals_onnx, family) if only == "yes" else "no"
-    return [family, tried(captures, family), tried(trains, family), tried(agrees, family, "W8E8A8"), only, onnx]
+    return [family, tried(captures, family), tried(has_gradients, family), tried(agrees, family, "W8E8A8"), only, onnx]
 
 
 def integer_only_families(page: str) -> list[str]:

@@ -76,7 +76,10 @@ class SuperNet(LVBert):
 
 
 def stored(p: Tensor) -> int:
-    """Bytes of a parameter at 8 bits: one a number of a weight or table, four a number of a bias or LayerNorm."""
+    """Bytes of a parameter at 8 bits: one a number of a weight or table, four a number of a bias or LayerNorm.
+
+    What integers hold besides (a table of exponentials, LayerNorms in 64 bits) is not counted.
+    """
     return p.numel() * (1 if p.dim() > 1 else 4)
 
 
