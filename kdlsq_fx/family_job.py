@@ -251,8 +251,8 @@ def check(
     if "bitops" in budgets:
         work, rest, blocks = bit_operations(family, LENGTH)
         least, owner = work.min(axis=1), np.asarray(family.owner)
-        blocks = [float(least[owner == b].sum() + blocks[b]) for b in range(family.blocks)]
-        refuse_below(budgets["bitops"], least.sum() + rest - sum(sorted(blocks)[::-1][: plan.leave_out]), "bitops")
+        less = [float(least[owner == b].sum() + blocks[b]) for b in range(family.blocks)]
+        refuse_below(budgets["bitops"], least.sum() + rest - sum(sorted(less)[::-1][: plan.leave_out]), "bitops")
 
 
 def known_latency(family: Family, model: torch.nn.Module, out: Path) -> tuple[float, NDArray[np.float64]]:

@@ -178,7 +178,7 @@ class Sizes:
 
         gone = set[str]().union(*map(self._goes, member.left_out))
         tensors = {n: np.zeros(shape, kind) for n, (kind, shape) in self._rest.items() if n not in gone}
-        packed = {}
+        packed: dict[str, Any] = {}
         for switch, bits, codes in zip(self.family.switches, member.bits, self._codes):
             if switch.block is None or switch.block not in member.left_out:
                 data, row = codes[self.family.bits.index(bits)]
