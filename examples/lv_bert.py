@@ -42,6 +42,21 @@ class LVBertConfig:
     mask_padding: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.order, str):
+            raise ConfigError(f"order {self.order!r} is no text", do=f"write digits, for example {PUBLISHED_ORDER!r}")
+        sizes = (
+            "vocab_size",
+            "embedding_size",
+            "hidden_size",
+            "heads",
+            "intermediate_size",
+            "taps",
+            "positions",
+            "labels",
+        )
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}", where="LVBertConfig", do="give 1 or more")
         for at, kind in enumerate(self.order):
             if kind not in KINDS:
                 what = f"order {self.order!r}: there is no sub-layer {kind!r} (letter {at + 1})"

@@ -67,6 +67,13 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Any = None
     own = copy.deepcopy(model).cpu().float().train()
     _use_eager_attention(own)
     kwargs = _example_inputs(own, example)
+    try:
+        inspect.signature(own.forward).bind(**kwargs)
+    except TypeError as err:
+        what = f"the example is no call of {type(own).__name__}: {err}"
+        raise CaptureError(
+            what, do="give example= the arguments of one call of the model, by name or in order"
+        ) from err
     program = _export(own, kwargs)
     own.eval()
     with torch.no_grad():

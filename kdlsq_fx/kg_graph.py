@@ -174,7 +174,9 @@ def _triples(path: Path, entities: dict[str, int], relations: dict[str, int]) ->
         where, lines = f"{path}:{number}", lines + 1
         for name, known, kind in zip(cells, (entities, relations, entities), ("entity", "relation", "entity")):
             if name not in known:
-                do = f"add it with its text to {kind}2text, or drop the triple"
+                listed = _find(path.parent, "entities" if kind == "entity" else "relations", needed=False)
+                only = f" and to {listed.name}, which names those that count," if listed else ""
+                do = f"add it with its text to {kind}2text{only} or drop the triple"
                 raise InputError(f"unknown {kind} {name!r}", where=where, do=do)
         label = LABELS.get(cells[3] if len(cells) > 3 else "1")
         if label is None:

@@ -279,3 +279,12 @@ def test_dropout_keeps_its_own_p():
     drops = [m.p for m in capture(model).gm.modules() if isinstance(m, nn.Dropout)]
     assert sorted(set(drops)) == [0.05, 0.25]
     assert "attention_mask" in inspect.signature(model.forward).parameters
+
+
+def test_an_example_that_is_no_call_is_told() -> None:
+    class Two(nn.Module):
+        def forward(self, input_ids, attention_mask):
+            return input_ids * attention_mask
+
+    with pytest.raises(CaptureError, match="no call of Two: missing a required argument: 'attention_mask'"):
+        capture(Two(), {"input_ids": torch.ones(2, 4, dtype=torch.long)})

@@ -242,7 +242,7 @@ def test_the_published_order() -> None:
 @pytest.mark.parametrize(
     ("changes", "what"),
     [({"order": "0132"}, "no sub-layer '3' .letter 3"), ({"order": ""}, "empty"), ({"heads": 3}, "share")]
-    + [({"taps": 4}, "no middle")],
+    + [({"taps": 4}, "no middle"), ({"heads": 0}, "heads is 0"), ({"order": None}, "is no text")],
 )
 def test_a_config_that_names_nothing_is_refused(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(ConfigError, match=what):
