@@ -61,14 +61,14 @@ class Tables:
         picked = np.asarray(member.bits)[:, None] == np.asarray(self.bits)[None, :]
         return picked * self.there(member.left_out)[:, None].astype(np.float64)
 
-    def sum(self, cost: str, member: Member) -> float:
-        """What the tables say that a member costs."""
+    def bound(self, cost: str, member: Member) -> float:
+        """What a member costs by the tables: all of it, but for some bytes of a file's header."""
         return self.rest(cost, member.left_out) + float((self.chosen(member) * self.costs[cost]).sum())
 
     def cost(self, cost: str, member: Member) -> float:
         """What a member costs."""
         exact = cost == "bytes" and self.bytes_of is not None
-        return float(self.bytes_of(member)) if exact else self.sum(cost, member)  # type: ignore[misc]
+        return float(self.bytes_of(member)) if exact else self.bound(cost, member)  # type: ignore[misc]
 
     def keeps(self, member: Member, budgets: Mapping[str, float]) -> bool:
         """Whether a member costs at most what each budget (cost -> at most) allows."""
@@ -87,7 +87,9 @@ def smallest(tables: Tables, cost: str = "bytes") -> float:
 
 def best(tables: Tables, budgets: Mapping[str, float], count: int = 1) -> list[Member]:
     """The ``count`` members of least expected loss that keep every budget (cost -> at most), best first; fewer where
-    there are no more. ConfigError where a budget is below what the smallest member costs, which it names."""
+    there are no more. Where sizes are exact (``bytes_of``), a member may be missed that is nearer to its budget than
+    the digits of its header are to those of the smallest: some ten bytes. ConfigError where a budget is
+    below what the smallest member costs, which it names."""
     check_budgets(tables, budgets)
     forbidden: dict[tuple[int, ...], list[Array]] = {d: [] for d in tables.depths}
     open_: dict[tuple[int, ...], Member | None] = {d: _solve(tables, budgets, d, []) for d in tables.depths}
@@ -176,7 +178,8 @@ def _solve(
     while all(room >= tables.costs[cost][there].min(axis=1).sum() for cost, room in rooms.items()):
         limited = []
         for cost, room in rooms.items():
-            size = max(float(tables.costs[cost].max()), 1e-30)  # near 1: the solver's tolerances are absolute
+            # The solver's tolerance, 1e-6, is absolute: a tenth of a byte, else of the largest entry.
+            size = 1e5 if cost == "bytes" else max(float(tables.costs[cost].max()), 1e-30)
             limited.append(LinearConstraint(tables.costs[cost][there].reshape(1, -1) / size, -np.inf, room / size))
         found = milp(
             loss, integrality=np.ones(rows * width), bounds=Bounds(0, open_), constraints=[one_each, *limited, *cuts],
@@ -189,9 +192,10 @@ def _solve(
         member = Member(tuple(int(b) for b in bits), left_out)
         if tables.keeps(member, budgets):
             return member
-        if all(tables.sum(cost, member) <= most for cost, most in budgets.items()):
-            # Some bytes over, of the header: so is every member of that sum, and they may be many.
-            rooms["bytes"] = tables.sum("bytes", member) - tables.rest("bytes", left_out) - 0.5
-        else:  # over a budget by less than the solver's tolerance
+        spare = {cost: rooms[cost] + tables.rest(cost, left_out) - tables.bound(cost, member) for cost in budgets}
+        if min(spare.values()) >= 0:
+            # Over by some bytes of the header, as members of that sum are, and they may be many.
+            rooms["bytes"] -= spare["bytes"] + 0.5
+        else:  # over by less than the solver's tolerance
             cuts.append(LinearConstraint(tables.chosen(member)[there].reshape(1, -1), -np.inf, rows - 1))
     return None

@@ -149,21 +149,23 @@ def _depths(losses: Losses, term: str) -> Iterator[tuple[tuple[int, ...], float]
 class Sizes:
     """Bytes of ``model.safetensors`` in the ``int/`` folder of any member, to the byte, without writing it.
 
-    ``folder``: that folder of the largest member. What goes with a block is what the largest member without it lacks.
+    ``folder``: that folder of the largest member. What goes with blocks is what the largest member without them lacks.
     """
 
     def __init__(self, family: Family, folder: Path) -> None:
         from safetensors import safe_open
 
-        self.family, self._known, self._gone = family, dict[Member, int](), dict[int, set[str]]()
+        self.family, self._known, self._names = family, dict[Member, int](), dict[tuple[int, ...], set[str]]()
         names = [f"{s.name}_codes" for s in family.switches]
         with safe_open(folder / WEIGHTS, framework="np") as file:
             there = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (no mapping)
-            self._aliases = json.loads(file.metadata()["layout"])["aliases"]
+            layout = json.loads(file.metadata()["layout"])
         if missing := sorted(names - there.keys()):
             where = f"{folder / WEIGHTS}: {missing[0]}"
             raise CheckpointError("the codes of a switch are not there", where=where, do="report this")
-        self._rest = {n: (v.dtype, v.shape) for n, v in there.items() if n not in names}
+        self._rest = {n: (v.shape, v.dtype) for n, v in there.items() if n not in names}
+        self._packed = {n: row for n, row in layout["packed"].items() if n in self._rest}
+        self._aliases, self._names[()] = layout["aliases"], set(there)
         self._codes = [[_packed(family, i, bits) for bits in family.bits] for i in range(len(names))]
 
     def of(self, member: Member) -> int:
@@ -176,33 +178,34 @@ class Sizes:
         """The length of a file of zeros with the same header: what :func:`write_tensors` would write."""
         from safetensors.numpy import save
 
-        gone = set[str]().union(*map(self._goes, member.left_out))
-        tensors = {n: np.zeros(shape, kind) for n, (kind, shape) in self._rest.items() if n not in gone}
-        packed: dict[str, Any] = {}
+        names = self._names_without(member.left_out)
+        tensors = {n: np.zeros(*form) for n, form in self._rest.items() if n in names}
+        packed = {n: row for n, row in self._packed.items() if n in names}
         for switch, bits, codes in zip(self.family.switches, member.bits, self._codes):
-            if switch.block is None or switch.block not in member.left_out:
-                data, row = codes[self.family.bits.index(bits)]
-                tensors[f"{switch.name}_codes"] = np.zeros(*data)
-                packed |= {f"{switch.name}_codes": row} if row else {}
+            name = f"{switch.name}_codes"
+            if name in names:
+                form, row = codes[self.family.bits.index(bits)]
+                tensors[name] = np.zeros(*form)
+                packed |= {name: row} if row else {}
         return len(save(tensors, metadata={"layout": json.dumps({"aliases": self._aliases, "packed": packed})}))
 
-    def _goes(self, block: int) -> set[str]:
-        """Names of the tensors that a model without this block lacks, besides codes."""
+    def _names_without(self, left_out: tuple[int, ...]) -> set[str]:
+        """Names of the tensors of a model without these blocks."""
         from safetensors import safe_open
 
         from .api import convert
 
-        if block not in self._gone:
-            one = replace(self.family.largest, left_out=(block,))
+        if left_out not in self._names:
+            one = replace(self.family.largest, left_out=left_out)
             with tempfile.TemporaryDirectory() as folder, self.family.at(one) as kd:
                 convert(kd.student).save_pretrained(folder)
                 with safe_open(Path(folder) / WEIGHTS, framework="np") as file:
-                    self._gone[block] = set(self._rest) - set(file.keys())
-        return self._gone[block]
+                    self._names[left_out] = set(file.keys())
+        return self._names[left_out]
 
     def tables(self) -> tuple[Array, float, Array]:
         """(by switch and width [S, W], the rest, what goes with each block besides its switches [B]). Their sum is a
-        member's size or less: offsets in a file's header have more or fewer digits, its end is padded."""
+        member's size or some bytes less: larger offsets have more digits in a file's header, and its end is padded."""
         rows = zip(self.family.switches, self._codes)
         table = np.array([[_bytes(f"{s.name}_codes", *data, row) for data, row in codes] for s, codes in rows], float)
         narrow = self.family.uniform(self.family.bits[0])
@@ -210,8 +213,7 @@ class Sizes:
         blocks = np.zeros(self.family.blocks)
         for b in self.family.removable if self.family.most_left_out else ():
             blocks[b] = whole - self.of(replace(narrow, left_out=(b,))) - table[owner == b, 0].sum()
-        slack = 2 * (len(self._rest) + len(table)) + 8  # a digit of each offset, and the padding
-        return table, float(whole - table[:, 0].sum() - slack), blocks
+        return table, float(whole - table[:, 0].sum() - 8), blocks  # 8: the padding
 
     def smallest(self) -> int:
         """The size of the smallest member."""

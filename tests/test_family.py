@@ -162,7 +162,7 @@ def test_the_example_in_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("name", "qconfig"), [("bert", "W8E8A8"), ("bert", "W8E8A8-int"), ("albert", "W8E8A8"), ("modernbert", "W8E8A8")]
+    ("name", "qconfig"), [("bert", "W8E8A8"), ("bert", "W8E8A4-int"), ("albert", "W8E8A8"), ("modernbert", "W8E8A8")]
 )
 def test_sizes_are_those_of_the_files(tmp_path: Path, name: str, qconfig: str) -> None:
     family, model, _ = ready(name, qconfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -129,3 +130,17 @@ def test_the_error_names_the_smallest_size() -> None:
     with pytest.raises(ConfigError, match=f"{least:.2f} MiB"):
         best(big, {"bytes": 2**20})
     assert best(big, {"bytes": least * 2**20})[0].bits == (2,) * 4
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 10**6), share=st.floats(0.05, 1.0), more=st.sampled_from([3, 30, 700]))
+def test_a_member_over_by_its_header_is_passed_by(seed: int, share: float, more: int) -> None:
+    """Exact sizes are some bytes above the tables' sums, of tables as large as a vocabulary's; the search ends."""
+    t = tables(seed)
+    costs = {**t.costs, "bytes": np.round(t.costs["bytes"]) * 30_000}
+    t = replace(t, costs=costs, per_block={**t.per_block, "bytes": np.round(t.per_block["bytes"])})
+    exact = replace(t, bytes_of=lambda m: t.bound("bytes", m) + more)
+    sums = [t.bound("bytes", m) for _, m in enumerated(t, {"bytes": np.inf})]
+    budget = np.round(min(sums) + share * (max(sums) - min(sums))) + more
+    (found,) = best(exact, {"bytes": budget})
+    assert t.expected(found) == pytest.approx(enumerated(t, {"bytes": budget - more})[0][0], abs=1e-9)
