@@ -134,6 +134,7 @@ def run_eval(args: argparse.Namespace) -> int:
     if args.out:
         predictions = cli_data.named(args, dataset, row.predictions)
         write_json(args.out, {"rows": len(dataset.dev), "scores": row.scores, "predictions": predictions})
+    cli_data.forget(dataset)
     return 0
 
 

@@ -79,6 +79,14 @@ def _sized(measure: Any, args: argparse.Namespace) -> Any:
     return partial(measure, batch_size=args.batch_size) if args.command == "eval" else measure
 
 
+def forget(dataset: Any) -> None:
+    """The result is told and written: what was kept to get there is no longer needed."""
+    from kdlsq_fx.kg_progress import forget as remove
+
+    for path in getattr(dataset, "finished", ()):
+        remove(path)
+
+
 def named(args: argparse.Namespace, dataset: Any, predictions: list[Any]) -> Any:
     """Predictions as a file has them: SQuAD's by the questions' ids, as its official evaluation reads them."""
     if args.task != SQUAD:

@@ -59,15 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from kdlsq_fx.limits import check_fits
     from kdlsq_fx.qconfig import resolve
 
-    budgets = {t: float(family_job.parse_size(t)) for t in args.budget.replace(" ", "").split(",") if t}
-    if budgets and args.sensitivity:
-        do = "leave away --budget to look, or --sensitivity: it comes with the models too"
-        raise ConfigError("a budget is for models, and --sensitivity writes none", where="--budget", do=do)
-    if not budgets and not args.sensitivity:
-        do = "give --budget 6MiB,8MiB to write models, or --sensitivity only to look"
-        raise ConfigError("a family is for budgets, or to look at", where="--budget", do=do)
-    limits = {"ms": args.latency, "bitops": args.bit_operations and args.bit_operations * 1e9}
-    limits = {cost: most for cost, most in limits.items() if most}
+    budgets, limits = _asked(args)
     qconfig = resolve(args.qconfig)
     plan = family_job.Plan(
         qconfig=qconfig, bits=_widths(args.bits), leave_out=args.leave_out, draws=args.draws, steps=args.steps,
@@ -91,13 +83,30 @@ def run(args: argparse.Namespace) -> int:
         if not (made / "family" / family_job.STATE).is_file():
             model = opening.load_task_model(source, dataset.task, seed=args.seed)
             least = {"bytes": min(budgets.values()), **limits} if budgets else {}
-            family_job.check(model, dataset, held_out, plan, made, least)
+            family_job.check(model, dataset, held_out, plan, least)
         known = {"model": source, "held_out": args.held_out, "fp32": vars(fp32)}
         belongs_to(out, known | {"data": [dataset.train.fingerprint, held_out.fingerprint]})
         belongs_to(make_folder(made), {"plan": {**asdict(plan), "qconfig": qconfig.to_dict()}})
         start = job.start_model(source, dataset, tokenizer, out=out, settings=fp32)
         task = family_job.Job(start, dataset, held_out, plan, made)
         return _look(task) if args.sensitivity else _write(task, budgets, tokenizer, limits)
+
+
+def _asked(args: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
+    """(name of each model -> bytes, what all of them have to keep besides)."""
+    from kdlsq_fx.family_job import parse_size
+
+    if args.budget and args.sensitivity:
+        do = "leave away --budget to look, or --sensitivity: it comes with the models too"
+        raise ConfigError("a budget is for models, and --sensitivity writes none", where="--budget", do=do)
+    if not args.budget and not args.sensitivity:
+        do = "give --budget 6MiB,8MiB to write models, or --sensitivity only to look"
+        raise ConfigError("a family is for budgets, or to look at", where="--budget", do=do)
+    most = {"ms": (args.latency, 1.0, "ms"), "bitops": (args.bit_operations, 1e9, "G")}
+    limits = {cost: given * unit for cost, (given, unit, _) in most.items() if given}
+    also = "".join(f"-{given:g}{name}" for given, _, name in most.values() if given)
+    sizes = [t for t in args.budget.replace(" ", "").split(",") if t]
+    return {f"{t}{also}": float(parse_size(t)) for t in sizes}, limits
 
 
 def _look(task: Any) -> int:

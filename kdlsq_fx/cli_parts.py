@@ -123,7 +123,7 @@ def resumable(out: Path) -> Iterator[None]:
         what = str(e) or f"stopped; what is done is kept in {out}, run the same command again to go on"
         raise KeyboardInterrupt(what) from None
     finally:
-        if main:
+        if before is not None:  # None: a handler that Python did not set
             signal.signal(signal.SIGTERM, before)
 
 

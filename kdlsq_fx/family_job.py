@@ -15,7 +15,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from kdlsq_fx import data as kd_data
 from kdlsq_fx import job
-from kdlsq_fx.errors import ConfigError
+from kdlsq_fx.errors import CheckpointError, ConfigError
 from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.family import WIDTHS, Family, Member, make_family
 from kdlsq_fx.family_search import Tables, best, check_budgets, near, refuse_below, steps_from, within
@@ -125,9 +125,17 @@ class Job:
         if not (folder / INFO).is_file():
             self.family.eval()
             convert(self.family.student).save_pretrained(folder)
-        ms = known_latency(self.family, self.start, self.out) if with_latency else None
+        ms = self._latency() if with_latency else None
         with self.losses() as losses:
             return make_tables(losses, term=TERM, folder=folder, ms=ms)
+
+    def _latency(self) -> tuple[float, Any]:
+        path = self.out / "latency.json"
+        if not path.is_file():
+            whole, blocks = latency(self.family, lambda member: run_ms(self.family, member, self.start))
+            write_json(path, {"format": 1, "whole": whole, "blocks": blocks.tolist()})
+        known = read_json(path)
+        return known["whole"], np.asarray(known["blocks"], float)
 
     # members
 
@@ -135,30 +143,29 @@ class Job:
         """The member whose outputs are nearest to the teacher's on the rows that choose, and how near; one without some
         block only where it is nearer than all with more blocks by more than the standard error of the difference. Asked
         are the best by the tables, the best of each two neighbouring widths, every uniform member that keeps the
-        budgets, and whatever was measured before and keeps them; then, ``rounds`` times, the best by tables made around
-        the nearest so far."""
-        path = self.out / "held_out.json"
-        known: dict[str, list[float]] = read_json(path)["members"] if path.exists() else {}
-
-        def nearest(members: Sequence[Member]) -> Member:
-            for member in members:
-                if member_key(member) not in known:
-                    known[member_key(member)] = self.distances(member).tolist()
-                    write_json(path, {"format": 1, "rows": len(self.choosing), "members": known})
-            return least(members, {m: np.asarray(known[member_key(m)]) for m in members})
-
-        plain = [m for m in map(self.family.uniform, self.family.bits) if tables.keeps(m, budgets)]
-        before = [m for m in map(member_of, known) if tables.keeps(m, budgets)]
-        paired = [m for pair in pairwise(self.family.bits) for m in best(within(tables, *pair), budgets)]
-        winner = nearest([*best(tables, budgets, self.plan.candidates), *paired, *plain, *before])
-        for _ in range(self.plan.rounds):
-            around, last = self._around(tables, winner), winner
-            moves = len(self.family.switches)
-            tried = [best(around, {**budgets, "moves": moves // part})[0] for part in (1, 4, 16)]
-            winner = nearest([last, *tried])
-            if winner == last:
-                break
-        return winner, float(np.mean(known[member_key(winner)]))
+        budgets, and what earlier searches measured and keeps them; then, ``rounds`` times, the best by tables made
+        around the nearest so far. ConfigError where no member keeps all the budgets."""
+        known = Choices(self.out / "held_out.json", self.choosing.fingerprint, self.distances)
+        asked = json.dumps(dict(sorted(budgets.items())))
+        if asked not in known.chosen:
+            plain = [m for m in map(self.family.uniform, self.family.bits) if tables.keeps(m, budgets)]
+            before = [m for m in known.before() if tables.keeps(m, budgets)]
+            paired = [m for pair in pairwise(self.family.bits) for m in best(within(tables, *pair), budgets)]
+            first = [*best(tables, budgets, self.plan.candidates), *paired, *plain, *before]
+            if not first:
+                told = ", ".join(f"{most:g} {cost}" for cost, most in budgets.items())
+                raise ConfigError("no member keeps all of it", where=told, do="allow more of one of them")
+            winner = known.nearest(first)
+            for _ in range(self.plan.rounds):
+                around, last = self._around(tables, winner), winner
+                moves = len(self.family.switches)
+                tried = [best(around, {**budgets, "moves": moves // part})[0] for part in (1, 4, 16)]
+                winner = known.nearest([last, *tried])
+                if winner == last:
+                    break
+            known.choose(asked, winner)
+        winner = member_of(known.chosen[asked])
+        return winner, float(np.mean(known.members[known.chosen[asked]]))
 
     def _around(self, tables: Tables, member: Member) -> Tables:
         """Tables of single steps from a member, on the rows that all tables are made on."""
@@ -196,7 +203,41 @@ class Job:
         return folder, qat
 
 
-def least(members: Sequence[Member], distances: Mapping[Member, NDArray[np.float64]]) -> Member:
+class Choices:
+    """Distances that were measured, and what was chosen by them: a file, so that a search goes on where it was stopped,
+    and one that ended gives the same member again. ``rows``: hash of the rows; of others nothing is taken."""
+
+    def __init__(self, path: Path, rows: str, measure: Callable[[Member], NDArray[np.float64]]) -> None:
+        self.path, self.rows, self.measure = path, rows, measure
+        found = read_json(path) if path.exists() else {}
+        known: dict[str, Any] = found if found.get("rows") == rows else {"members": {}, "chosen": {}, "searched": 0}
+        self.members: dict[str, list[float]] = known["members"]
+        self.chosen: dict[str, str] = known["chosen"]
+        self.searched: int = known["searched"]
+
+    def before(self) -> list[Member]:
+        """What the searches that ended measured."""
+        return [member_of(key) for key in list(self.members)[: self.searched]]
+
+    def nearest(self, members: Sequence[Member]) -> Member:
+        """:func:`nearest` of these, each measured if it was not."""
+        for member in members:
+            if member_key(member) not in self.members:
+                self.members[member_key(member)] = self.measure(member).tolist()
+                self._save()
+        return nearest(members, {m: np.asarray(self.members[member_key(m)]) for m in members})
+
+    def choose(self, asked: str, member: Member) -> None:
+        """A search ends."""
+        self.chosen[asked], self.searched = member_key(member), len(self.members)
+        self._save()
+
+    def _save(self) -> None:
+        kept = {"rows": self.rows, "members": self.members, "chosen": self.chosen, "searched": self.searched}
+        write_json(self.path, {"format": 1, **kept})
+
+
+def nearest(members: Sequence[Member], distances: Mapping[Member, NDArray[np.float64]]) -> Member:
     """The member of least mean distance; where one with more blocks is no further by one standard error of the paired
     difference, the nearest of those: what is left out is missed by other rows too, and those that choose are few."""
 
@@ -204,13 +245,13 @@ def least(members: Sequence[Member], distances: Mapping[Member, NDArray[np.float
         return float(distances[member].mean())
 
     def ties(member: Member) -> bool:
-        gap = distances[member] - distances[nearest]
-        return len(member.left_out) < len(nearest.left_out) and gap.mean() <= gap.std() / np.sqrt(len(gap))
+        gap = distances[member] - distances[found]
+        return len(member.left_out) < len(found.left_out) and gap.mean() <= gap.std() / np.sqrt(len(gap))
 
-    nearest = min(members, key=mean)
+    found = min(members, key=mean)
     while tied := [m for m in members if ties(m)]:
-        nearest = min(tied, key=mean)
-    return nearest
+        found = min(tied, key=mean)
+    return found
 
 
 def family_of(start: torch.nn.Module, dataset: kd_data.Dataset, plan: Plan) -> Family:
@@ -232,11 +273,12 @@ def split(held_out: kd_data.Encoded, plan: Plan) -> tuple[kd_data.Encoded, kd_da
 
 
 def check(
-    model: torch.nn.Module, dataset: kd_data.Dataset, held_out: kd_data.Encoded, plan: Plan, out: Path,
+    model: torch.nn.Module, dataset: kd_data.Dataset, held_out: kd_data.Encoded, plan: Plan,
     budgets: Mapping[str, float],
 ) -> None:  # fmt: skip
-    """Before anything is trained: ConfigError for a plan that makes no family of this model, and for budgets (cost ->
-    at most) that no member can keep. Training changes little about costs. ``model``: the float model as it is."""
+    """Before anything is trained or written: ConfigError for a plan that makes no family of this model, and for budgets
+    (cost -> at most) that no member can keep. Training changes little about costs. ``model``: the float model as it is.
+    """
     from kdlsq_fx.api import convert
 
     split(held_out, plan)
@@ -246,23 +288,13 @@ def check(
             convert(family.student).save_pretrained(folder)
             refuse_below(budgets["bytes"], Sizes(family, Path(folder)).smallest())
     if "ms" in budgets:
-        whole, blocks = known_latency(family, model, make_folder(out))
+        whole, blocks = latency(family, lambda member: run_ms(family, member, model))
         refuse_below(budgets["ms"], whole - float(np.sort(blocks)[::-1][: plan.leave_out].sum()), "ms")
     if "bitops" in budgets:
         work, rest, blocks = bit_operations(family, LENGTH)
-        least, owner = work.min(axis=1), np.asarray(family.owner)
-        less = [float(least[owner == b].sum() + blocks[b]) for b in range(family.blocks)]
-        refuse_below(budgets["bitops"], least.sum() + rest - sum(sorted(less)[::-1][: plan.leave_out]), "bitops")
-
-
-def known_latency(family: Family, model: torch.nn.Module, out: Path) -> tuple[float, NDArray[np.float64]]:
-    """:func:`latency`, measured once for a folder."""
-    path = out / "latency.json"
-    if not path.is_file():
-        whole, blocks = latency(family, lambda member: run_ms(family, member, model))
-        write_json(path, {"format": 1, "whole": whole, "blocks": blocks.tolist()})
-    known = read_json(path)
-    return known["whole"], np.asarray(known["blocks"], float)
+        narrow, owner = work.min(axis=1), np.asarray(family.owner)
+        less = [float(narrow[owner == b].sum() + blocks[b]) for b in range(family.blocks)]
+        refuse_below(budgets["bitops"], narrow.sum() + rest - sum(sorted(less)[::-1][: plan.leave_out]), "bitops")
 
 
 def member_key(member: Member) -> str:
@@ -331,11 +363,15 @@ def run(
     for name, size in sorted(budgets.items(), key=lambda item: item[1]):
         member, seen = task.choose(tables, {"bytes": size, **limits})
         folder, qat = task.write(member, name, tokenizer)
+        found, told = job.weight_bytes(folder / "int"), tables.cost("bytes", member)
+        if found != told:
+            what = f"the file has {found} bytes, {told:.0f} were foretold"
+            raise CheckpointError(what, where=str(folder / "int"), do="report this")
         scored = job.measure(name, name, qat, replace(task.dataset, device="cpu"))
         ms = tables.cost("ms", member) if "ms" in tables.costs else None
         rows.append(
             MemberRow(
-                name, size, tables.cost("bytes", member), job.weight_bytes(folder / "int"),
+                name, size, told, found,
                 tables.cost("bitops", member), ms, widths_of(task.family, member), member.left_out,
                 seen, scored.scores,
             )

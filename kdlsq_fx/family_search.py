@@ -150,9 +150,10 @@ def check_budgets(tables: Tables, budgets: Mapping[str, float]) -> None:
 def refuse_below(most: float, least: float, cost: str = "bytes") -> None:
     """ConfigError where a budget is below what the smallest member costs; it names that."""
     if most < least:
-        size, unit = UNITS[cost] if least >= UNITS[cost][0] / 10 else (1.0, cost)
-        what = f"a budget of {most / size:.4g} {unit} is below the smallest model, {least / size:.2f} {unit}"
-        do = f"ask for at least {np.ceil(100 * least / size) / 100:.2f} {unit}, "
+        size, unit = UNITS[cost] if cost != "bytes" or least >= UNITS[cost][0] / 10 else (1.0, cost)
+        enough = f"{np.ceil(1e4 * least / size) / 1e4:.4f}".rstrip("0").rstrip(".")
+        what = f"a budget of {most / size:.4g} {unit} is below the smallest model, {enough} {unit}"
+        do = f"ask for at least {enough} {unit}, "
         do += "allow narrower widths (--bits), " * (cost != "ms") + "or more blocks to be left out (--leave-out)"
         raise ConfigError(what, where=f"budget of {cost}", do=do)
 

@@ -45,7 +45,7 @@ def load(args: argparse.Namespace, tokenizer: Any, **fields: Any) -> tuple[Any, 
     if args.command == "train":
         fields["states"] = args.out / "ranking"
     if args.command == "eval":
-        fields |= {"states": _states(args), "keep": False, "batch_size": args.batch_size}
+        fields |= {"states": _states(args), "batch_size": args.batch_size}
     found = kg_job.load(args.data, tokenizer, args.task, **options, **fields)
     for note in kg_job.notes(found):
         say(note)

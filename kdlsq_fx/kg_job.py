@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ MAX_LENGTH = {"umls": 15, "wn11": 20, "fb13": 200, "fb15k": 25, "wn18rr": 50, "f
 class KgDataset(Dataset):
     """A task of a graph. ``dev`` holds the sequences of the measured split (of kg-links its true triples alone, whose
     ranks are measured). ``batch_size``: of measuring. ``states``: folder where rankings are written down, None for
-    none; with ``keep`` finished ones stay there."""
+    none; ``finished``: those that were, this far."""
 
     kind: str
     graph: Graph
@@ -45,7 +45,7 @@ class KgDataset(Dataset):
     measured: Triples
     batch_size: int = 256
     states: Path | None = None
-    keep: bool = True
+    finished: list[Path] = field(default_factory=list)
 
     def extents(self, *, train: bool = True) -> dict[str, tuple[int, int, int]]:
         """Of all sequences of the graph: ranks and negatives take any entity."""
@@ -133,9 +133,8 @@ def measure(name: str, preset: str, model: Any, dataset: KgDataset, *, size: int
         title, plan = f"rank {preset} {name}", Plan(dataset.measured.rows, dataset.graph.facts())
         state = _state(model, plan, dataset, title)
         with job.on_device(model, dataset.device):
-            done = rank(
-                model, plan, dataset.texts, batch_size=dataset.batch_size, state=state, keep=dataset.keep, title=title
-            )
+            done = rank(model, plan, dataset.texts, batch_size=dataset.batch_size, state=state, title=title)
+        dataset.finished.extend([state] if state else [])
         ranks, seconds = done.ranks, done.seconds
     return job.Row(name, preset, rank_scores(ranks), size, seconds, ranks.reshape(-1).tolist(), [])
 

@@ -58,20 +58,12 @@ class Progress:
         self.question, self.scores = question, np.zeros(0, dtype=np.float32)
 
     @contextmanager
-    def kept(self, *, at_end: bool) -> Iterator[None]:
-        """Saves when the block is left by an error or an interrupt. At its end it saves too, or removes the file (and
-        the folder that is then empty)."""
+    def kept(self) -> Iterator[None]:
+        """Saves when the block is left, by an error or an interrupt too."""
         try:
             yield
-        except BaseException:
+        finally:
             self.save()
-            raise
-        if at_end:
-            self.save()
-        elif self.path is not None:
-            self.path.unlink(missing_ok=True)
-            with suppress(OSError):  # other rankings stand there, or it was never made
-                self.path.parent.rmdir()
 
     def save(self, *, older_than: float = 0.0) -> None:
         """Write the file, atomically, where the last one is ``older_than`` seconds old."""
@@ -87,6 +79,14 @@ class Progress:
         }
         write_tensors(self.path, tensors)
         self.saved = time.monotonic()
+
+
+def forget(path: Path) -> None:
+    """Remove the file of a ranking, and the two folders around it where they are then empty."""
+    path.unlink(missing_ok=True)
+    with suppress(OSError):  # other files stand there
+        path.parent.rmdir()
+        path.parent.parent.rmdir()
 
 
 def identity(model: Any, triples: np.ndarray, facts: Facts, texts: Texts) -> str:

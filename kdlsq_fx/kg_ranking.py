@@ -108,7 +108,6 @@ def rank(
     *,
     batch_size: int = 256,
     state: Path | None = None,
-    keep: bool = True,
     title: str = "rank",
     save_seconds: float = 30.0,
 ) -> Ranked:
@@ -116,7 +115,7 @@ def rank(
 
     ``model``: whatever :func:`kdlsq_fx.evaluation.evaluate` runs, with two outputs. With ``state``, a file, ranks and
     scores are written down every ``save_seconds``, at an error, and at Ctrl-C or SIGTERM (:class:`Interrupted`); called
-    again it scores only what is not there. When all is ranked the file stays with ``keep``, else it is removed.
+    again it scores only what is not there. When all is ranked the file holds all ranks.
     CheckpointError where the file is of another model, graph, plan or length. InputError for a model of another width
     and for scores that are NaN or infinite.
     """
@@ -125,7 +124,7 @@ def rank(
     total, seen = sum(sizes), sum(sizes[: progress.question])
     bar = tqdm(total=total, initial=seen, desc=title, disable=quiet, unit="row", dynamic_ncols=True)
     try:
-        with Stop() as stop, bar, progress.kept(at_end=keep):
+        with Stop() as stop, bar, progress.kept():
             for chunk in plan.chunks(progress.question):
                 questions = [plan.question(i) for i in chunk]
                 data = texts.triples(np.concatenate([q.rows for q in questions]))

@@ -49,7 +49,7 @@ def check_fits(model: Any, dataset: Dataset, *, train: bool = True) -> None:
     vocab, positions = getattr(model, "_limits", None) or configured_limits(config)
     kinds = kinds_of(config)
     if kinds > 1 and getattr(dataset.train, "types", kinds) is None:
-        what = f"the tokenizer gives no token types, the model has {kinds}: both texts of a pair count as type 0"
+        what = f"the tokenizer gives no token types, the model has {kinds}: all tokens count as type 0, in pairs too"
         warnings.warn(f"{what}; use the tokenizer that belongs to this model", stacklevel=2)
     for name, (longest, largest, kind) in dataset.extents(train=train).items():
         of, do = f"{name} of {dataset.task.name}", "use the tokenizer that belongs to this model"

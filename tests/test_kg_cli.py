@@ -122,7 +122,6 @@ def test_an_eval_that_is_stopped_goes_on_without_out(
     assert ranked("b")[:2] == (0, total)  # of the same name, but other weights
     assert ranked("a") == (0, total - 48, whole)
     assert not state.parent.exists() and ranked("a")[1] == total
-    (tmp_path / "runs").rmdir()
     (tmp_path / "runs").write_text("no folder")
     code, _, told = ranked("a", stop=16)
     assert code == 130 and "a ranking that is stopped will be lost (--out FILE" in told and "nothing was kept" in told
