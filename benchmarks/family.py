@@ -99,7 +99,15 @@ class Bench:
 
     def family(self) -> tuple[Job, Tables]:
         """The trained family and its tables; what took how long is kept."""
-        plan = Plan(steps=FAMILY_STEPS, lr=LR[2], batch_size=BATCH[self.name], seed=SEED, precision="bf16", leave_out=1)
+        plan = Plan(
+            steps=FAMILY_STEPS,
+            lr=LR[2],
+            batch_size=BATCH[self.name],
+            seed=SEED,
+            precision="bf16",
+            leave_out=1,
+            rounds=1,
+        )
         task = Job(self.start, self.dataset, self.held_out, plan, self.out / "family")
         self.spent("family, training", task.train())
         began = time.monotonic()
@@ -181,7 +189,7 @@ def write_report() -> None:
         "Written by `benchmarks/family.py`. MiniLM; each uniform model is trained on its own for its width, the",
         "family once for all widths and with at most one block left out. Points on all of dev ± standard error",
         "(SST-2: accuracy; MRPC: mean of accuracy and F1); KL: of the outputs to the fp32 teacher's on dev, in nats.",
-        "Members are chosen on rows held out of train. Differences are paired, ± a bootstrap error; one seed. A row",
+        "Members are chosen on rows held out of train, in one round of search. Differences are paired, ± a bootstrap error; one seed. A row",
         "of a member is for a budget; two budgets may get the same one.",
     ]
     for run in runs:
