@@ -189,7 +189,8 @@ def write_report() -> None:
         "Written by `benchmarks/family.py`. MiniLM; each uniform model is trained on its own for its width, the",
         "family once for all widths and with at most one block left out. Points on all of dev ± standard error",
         "(SST-2: accuracy; MRPC: mean of accuracy and F1); KL: of the outputs to the fp32 teacher's on dev, in nats.",
-        "Members are chosen on rows held out of train, in one round of search. Differences are paired, ± a bootstrap error; one seed. A row",
+        "Members are chosen on rows held out of train, in one round of search. Differences are paired, ± a bootstrap",
+        "error; one seed. A row",
         "of a member is for a budget; two budgets may get the same one.",
     ]
     for run in runs:

@@ -133,6 +133,9 @@ def run(task: str, preset: str, args: argparse.Namespace) -> None:
     if chosen is None:
         keep(kg_job.measure("fp32", "fp32", teacher, dataset, size=job.weight_bytes(out / "fp32")))
         return
+    above = json.loads((args.results / f"{task}-fp32-s{args.seed}.json").read_text())
+    spent = {k: above["training"].get(k) for k in ("steps", "seconds")}
+    record["teacher"] = above["rows"]["fp32"] | {"training": spent}  # what differences are to
     skip = {*found["rows"], *(set(FORMS.values()) - set(wanted))}
     made = job.preset_rows(
         teacher, teacher, dataset, tokenizer, preset, out=out, recipe=chosen, skip=skip, measure=kg_job.measure
@@ -225,11 +228,17 @@ def table(task: str, runs: dict[Any, Any]) -> list[str]:
     fp32 = runs.get((task, "fp32"), {"rows": {}})["rows"].get("fp32")
     for preset in ("fp32", *PRESETS):
         run = runs.get((task, preset), {"rows": {}, "training": {}})
-        for name, row in run["rows"].items():
+        teacher = run.get("teacher", fp32)
+        rows = list(run["rows"].items())
+        if teacher is not None and fp32 is not None and teacher["scores"] != fp32["scores"]:
+            rows.insert(0, ("fp32 of this student", teacher))  # trained anew, on the student's machine
+        for name, row in rows:
             cells = [f"{row['scores'][n]:.2f} ± {row['scores'][n + '_se']:.2f}" for n in names]
-            spent = run["training"]
-            cells += [versus(task, row, fp32), str(spent.get("steps", "–")), f"{spent.get('seconds', 0):.0f}"]
-            lines.append(f"| {name} | {preset} | {' | '.join(cells)} | {row['seconds']:.0f} |")
+            spent = row.get("training", run["training"])
+            cells += [versus(task, row, teacher), str(spent.get("steps", "–")), f"{spent.get('seconds', 0):.0f}"]
+            lines.append(
+                f"| {name} | {'fp32' if row is teacher else preset} | {' | '.join(cells)} | {row['seconds']:.0f} |"
+            )
     return lines
 
 
