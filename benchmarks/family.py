@@ -191,8 +191,7 @@ def write_report() -> None:
         "family once for all widths and with at most one block left out. Points on all of dev ± standard error",
         "(SST-2: accuracy; MRPC: mean of accuracy and F1); KL: of the outputs to the fp32 teacher's on dev, in nats.",
         "Members are chosen on rows held out of train, in one round of search. Differences are paired, ± a bootstrap",
-        "error; one seed. A row",
-        "of a member is for a budget; two budgets may get the same one.",
+        "error; one seed. A row of a member is for a budget; two budgets may get the same one.",
     ]
     for run in runs:
         lines += ["", f"## {run['task']}", "", *_table(run), "", *_costs(run), "", *_sensitivity(run)]
@@ -259,12 +258,14 @@ def _sensitivity(run: dict[str, Any]) -> list[str]:
         "",
         f"At 2 bits alone, all others at 8, these five of {len(found)} weights cost most (in nats), together",
         f"{100 * sum(costs[n] for n in first) / sum(costs.values()):.0f} % of what all cost one by one:",
-        ", ".join(f"{name.removesuffix('.weight')} {costs[name]:.4f}" for name in first) + ".",
+        "",
+        *(f"* {name.removesuffix('.weight')} {costs[name]:.4f}" for name in first),
     ]
     if time["block"]:
-        lines.append(
-            f"The largest takes {time['whole']:.1f} ms for 128 tokens, {time['block']:.2f} less without a block."
-        )
+        lines += [
+            "",
+            f"The largest takes {time['whole']:.1f} ms for 128 tokens, {time['block']:.2f} less without a block.",
+        ]
     return lines
 
 
