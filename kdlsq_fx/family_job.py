@@ -15,7 +15,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,8 +30,11 @@ from kdlsq_fx import job
 from kdlsq_fx.errors import CheckpointError, ConfigError
 from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.family import WIDTHS, Family, Member, make_family
+from kdlsq_fx.family_choices import Choices, member_key, member_of
+from kdlsq_fx.family_costs import LENGTH, bit_operations, latency, run_in_turn
 from kdlsq_fx.family_search import Tables, best, check_budgets, near, refuse_below, steps_from, within
-from kdlsq_fx.family_tables import LENGTH, Losses, Sizes, bit_operations, latency, make_tables, output_distances
+from kdlsq_fx.family_sizes import Sizes
+from kdlsq_fx.family_tables import Losses, make_tables, output_distances
 from kdlsq_fx.files import INFO, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from kdlsq_fx.train import fit
 from kdlsq_fx.watching import progress
@@ -132,7 +135,7 @@ class Job:
     def _latency(self) -> tuple[float, Any]:
         path = self.out / "latency.json"
         if not path.is_file():
-            whole, blocks = latency(self.family, lambda member: run_ms(self.family, member, self.start))
+            whole, blocks = latency(self.family, lambda members: run_in_turn(self.family, members, self.start))
             write_json(path, {"format": 1, "whole": whole, "blocks": blocks.tolist()})
         known = read_json(path)
         return known["whole"], np.asarray(known["blocks"], float)
@@ -203,57 +206,6 @@ class Job:
         return folder, qat
 
 
-class Choices:
-    """Distances that were measured, and what was chosen by them: a file, so that a search goes on where it was stopped,
-    and one that ended gives the same member again. ``rows``: hash of the rows; of others nothing is taken."""
-
-    def __init__(self, path: Path, rows: str, measure: Callable[[Member], NDArray[np.float64]]) -> None:
-        self.path, self.rows, self.measure = path, rows, measure
-        found = read_json(path) if path.exists() else {}
-        known: dict[str, Any] = found if found.get("rows") == rows else {"members": {}, "chosen": {}, "searched": 0}
-        self.members: dict[str, list[float]] = known["members"]
-        self.chosen: dict[str, str] = known["chosen"]
-        self.searched: int = known["searched"]
-
-    def before(self) -> list[Member]:
-        """What the searches that ended measured."""
-        return [member_of(key) for key in list(self.members)[: self.searched]]
-
-    def nearest(self, members: Sequence[Member]) -> Member:
-        """:func:`nearest` of these, each measured if it was not."""
-        for member in members:
-            if member_key(member) not in self.members:
-                self.members[member_key(member)] = self.measure(member).tolist()
-                self._save()
-        return nearest(members, {m: np.asarray(self.members[member_key(m)]) for m in members})
-
-    def choose(self, asked: str, member: Member) -> None:
-        """A search ends."""
-        self.chosen[asked], self.searched = member_key(member), len(self.members)
-        self._save()
-
-    def _save(self) -> None:
-        kept = {"rows": self.rows, "members": self.members, "chosen": self.chosen, "searched": self.searched}
-        write_json(self.path, {"format": 1, **kept})
-
-
-def nearest(members: Sequence[Member], distances: Mapping[Member, NDArray[np.float64]]) -> Member:
-    """The member of least mean distance; where one with more blocks is no further by one standard error of the paired
-    difference, the nearest of those: what is left out is missed by other rows too, and those that choose are few."""
-
-    def mean(member: Member) -> float:
-        return float(distances[member].mean())
-
-    def ties(member: Member) -> bool:
-        gap = distances[member] - distances[found]
-        return len(member.left_out) < len(found.left_out) and gap.mean() <= gap.std() / np.sqrt(len(gap))
-
-    found = min(members, key=mean)
-    while tied := [m for m in members if ties(m)]:
-        found = min(tied, key=mean)
-    return found
-
-
 def family_of(start: torch.nn.Module, dataset: kd_data.Dataset, plan: Plan) -> Family:
     """A family that is not trained yet."""
     batches = dataset.train.sample(job.CALIBRATION_BATCHES, batch_size=plan.batch_size, seed=plan.seed)
@@ -288,38 +240,13 @@ def check(
             convert(family.student).save_pretrained(folder)
             refuse_below(budgets["bytes"], Sizes(family, Path(folder)).smallest())
     if "ms" in budgets:
-        whole, blocks = latency(family, lambda member: run_ms(family, member, model))
+        whole, blocks = latency(family, lambda members: run_in_turn(family, members, model))
         refuse_below(budgets["ms"], whole - float(np.sort(blocks)[::-1][: plan.leave_out].sum()), "ms")
     if "bitops" in budgets:
         work, rest, blocks = bit_operations(family, LENGTH)
         narrow, owner = work.min(axis=1), np.asarray(family.owner)
         less = [float(narrow[owner == b].sum() + blocks[b]) for b in range(family.blocks)]
         refuse_below(budgets["bitops"], narrow.sum() + rest - sum(sorted(less)[::-1][: plan.leave_out]), "bitops")
-
-
-def member_key(member: Member) -> str:
-    return json.dumps([list(member.bits), list(member.left_out)])
-
-
-def member_of(key: str) -> Member:
-    bits, left_out = json.loads(key)
-    return Member(tuple(bits), tuple(left_out))
-
-
-def run_ms(family: Family, member: Member, model: torch.nn.Module, *, seconds: float = 2.0) -> float:
-    """Median milliseconds of one text of ``LENGTH`` tokens as ONNX under ONNX Runtime, on the threads torch uses."""
-    from kdlsq_fx.api import export_onnx
-    from kdlsq_fx.evaluation import onnx_runner
-    from kdlsq_fx.timing import Shape, padded, time_calls
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        export_onnx(family.member(member, model), path)
-        run = onnx_runner(path)
-        vocab = int(getattr(getattr(model, "config", None), "vocab_size", 1000))
-        shape = Shape(1, min(LENGTH, family.student.most_tokens or LENGTH))
-        batch = {k: torch.from_numpy(v) for k, v in padded(shape, vocab=vocab).items()}
-        return float(np.median(time_calls(run, batch, seconds=seconds)))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,28 @@
-"""What a family's search knows: measured losses of one change at a time, and costs. Nothing is trained.
+"""What a family's search knows: measured losses of one change at a time, beside what members cost. Nothing is trained.
 
 Every measurement is kept in one JSON as soon as it is there, so that a stopped run goes on where it was.
 """
 
 from __future__ import annotations
 
-import json
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
 
-from .depth import without
-from .errors import CheckpointError
 from .family import Family, Member
+from .family_costs import LENGTH, bit_operations
 from .family_search import Array, Tables
-from .files import WEIGHTS, read_json, write_json
-from .graph import op_label, site_of
-from .op import op_of, tensor_args
-from .ops.qdq import torch_container
-from .packing import pack
-from .taps import shape_of
+from .family_sizes import Sizes
+from .files import read_json, write_json
 from .watching import progress
 
 BEAM = 3  # sets of blocks that one more block is added to
 KEEP_SECONDS = 20.0
-PRODUCTS = ("matmul", "bmm")
-LENGTH = 128  # tokens of the text that time and bit operations are told for
 
 
 def output_distances(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -143,153 +132,9 @@ def _depths(losses: Losses, term: str) -> Iterator[tuple[tuple[int, ...], float]
         level = sorted(scored, key=scored.__getitem__)[:BEAM]
 
 
-# --- costs
-
-
-class Sizes:
-    """Bytes of ``model.safetensors`` in the ``int/`` folder of any member, to the byte, without writing it.
-
-    ``folder``: that folder of the largest member. What goes with blocks is what the largest member without them lacks.
-    """
-
-    def __init__(self, family: Family, folder: Path) -> None:
-        from safetensors import safe_open
-
-        self.family, self._known, self._names = family, dict[Member, int](), dict[tuple[int, ...], set[str]]()
-        names = [f"{s.name}_codes" for s in family.switches]
-        with safe_open(folder / WEIGHTS, framework="np") as file:
-            there = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (no mapping)
-            layout = json.loads(file.metadata()["layout"])
-        if missing := sorted(names - there.keys()):
-            where = f"{folder / WEIGHTS}: {missing[0]}"
-            raise CheckpointError("the codes of a switch are not there", where=where, do="report this")
-        self._rest = {n: (v.shape, v.dtype) for n, v in there.items() if n not in names}
-        self._packed = {n: row for n, row in layout["packed"].items() if n in self._rest}
-        self._aliases, self._names[()] = layout["aliases"], set(there)
-        self._codes = [[_packed(family, i, bits) for bits in family.bits] for i in range(len(names))]
-
-    def of(self, member: Member) -> int:
-        """The size of a member's file."""
-        if member not in self._known:
-            self._known[member] = self._serialized(member)
-        return self._known[member]
-
-    def _serialized(self, member: Member) -> int:
-        """The length of a file of zeros with the same header: what :func:`write_tensors` would write."""
-        from safetensors.numpy import save
-
-        names = self._names_without(member.left_out)
-        tensors = {n: np.zeros(*form) for n, form in self._rest.items() if n in names}
-        packed = {n: row for n, row in self._packed.items() if n in names}
-        for switch, bits, codes in zip(self.family.switches, member.bits, self._codes):
-            name = f"{switch.name}_codes"
-            if name in names:
-                form, row = codes[self.family.bits.index(bits)]
-                tensors[name] = np.zeros(*form)
-                packed |= {name: row} if row else {}
-        return len(save(tensors, metadata={"layout": json.dumps({"aliases": self._aliases, "packed": packed})}))
-
-    def _names_without(self, left_out: tuple[int, ...]) -> set[str]:
-        """Names of the tensors of a model without these blocks."""
-        from safetensors import safe_open
-
-        from .api import convert
-
-        if left_out not in self._names:
-            one = replace(self.family.largest, left_out=left_out)
-            with tempfile.TemporaryDirectory() as folder, self.family.at(one) as kd:
-                convert(kd.student).save_pretrained(folder)
-                with safe_open(Path(folder) / WEIGHTS, framework="np") as file:
-                    self._names[left_out] = set(file.keys())
-        return self._names[left_out]
-
-    def tables(self) -> tuple[Array, float, Array]:
-        """(by switch and width [S, W], the rest, what goes with each block besides its switches [B]). Their sum is a
-        member's size or some bytes less: larger offsets have more digits in a file's header, and its end is padded."""
-        rows = zip(self.family.switches, self._codes)
-        table = np.array([[_bytes(f"{s.name}_codes", *data, row) for data, row in codes] for s, codes in rows], float)
-        narrow = self.family.uniform(self.family.bits[0])
-        whole, owner = self.of(narrow), np.array(self.family.owner)
-        blocks = np.zeros(self.family.blocks)
-        for b in self.family.removable if self.family.most_left_out else ():
-            blocks[b] = whole - self.of(replace(narrow, left_out=(b,))) - table[owner == b, 0].sum()
-        return table, float(whole - table[:, 0].sum() - 8), blocks  # 8: the padding
-
-    def smallest(self) -> int:
-        """The size of the smallest member."""
-        table, _, blocks = self.tables()
-        owner = np.array(self.family.owner)
-        sets = [s for n in range(self.family.most_left_out + 1) for s in combinations(self.family.removable, n)]
-        gone = max(sets, key=lambda s: blocks[list(s)].sum() + table.min(axis=1)[np.isin(owner, s)].sum())
-        return self.of(Member(tuple(self.family.bits[k] for k in table.argmin(axis=1)), gone))
-
-
-def _packed(family: Family, switch: int, bits: int) -> tuple[tuple[Any, Any], dict[str, Any] | None]:
-    """((shape, dtype) of a switch's codes as they are stored, their row in the file's header or None)."""
-    lsq = family.quantizer(switch, bits)
-    codes = lsq.codes(family.weight(switch)).to(torch_container(lsq.qmin, lsq.qmax)).cpu().numpy()
-    data, row = pack(codes) or (codes, None)
-    return (data.shape, data.dtype), row
-
-
-def _bytes(name: str, shape: tuple[int, ...], kind: Any, row: dict[str, Any] | None) -> int:
-    """Bytes of codes with what their form takes in the header, where a row's quotes are escaped."""
-    told = len(json.dumps(shape, separators=(",", ":"))) + (len(json.dumps(json.dumps({name: row}))) if row else 0)
-    return int(np.prod(shape)) * kind.itemsize + told
-
-
-def bit_operations(family: Family, length: int) -> tuple[Array, float, Array]:
-    """(by switch and width [S, W], the rest, the rest of each block [B]) for one text of so many tokens: multiply-adds
-    times the bits of both factors. Look-ups count as none, float operands as 32 bits."""
-    gm = family.student.gm
-    nodes = {site_of(n): n for n in gm.graph.nodes if op_of(n) is not None}
-    table = np.zeros((len(family.switches), len(family.bits)))
-    for i, switch in enumerate(family.switches):
-        for site, op, rule in switch.readers:
-            if op == "embedding":
-                continue
-            rows = length if len(shape_of(nodes[site])) > 2 else 1  # a pooler reads one token
-            act = rule.act.bits if rule.act is not None else 32
-            table[i] += rows * family.weight(i).numel() * act * np.asarray(family.bits)
-    each = {site: _product(family, n, length) for site, n in nodes.items() if op_label(n) in PRODUCTS}
-    blocks = np.zeros(family.blocks)
-    for block in family.removable:
-        there = {site_of(n) for n in without(gm, (block,)).graph.nodes}
-        blocks[block] = sum(v for site, v in each.items() if site not in there)
-    return table, sum(each.values()), blocks
-
-
-def _product(family: Family, node: fx.Node, length: int) -> float:
-    """Bit operations of a product of two activations."""
-    rule = family.student.qconfig.find(site_of(node), op_label(node))
-    bits = rule.act.bits if rule is not None and rule.act is not None else 32
-    out, left = (_sizes(n, length) for n in (node, tensor_args(node)[0]))
-    return float(np.prod(out[1:])) * left[-1] * bits**2 if out and left else 0.0
-
-
-def _sizes(node: fx.Node, length: int) -> list[int]:
-    """Sizes of a value for one text of so many tokens: what varies is the batch in front and the length behind."""
-    return [s if s is not None else length if i else 1 for i, s in enumerate(shape_of(node))]
-
-
-def latency(family: Family, run_ms: Callable[[Member], float]) -> tuple[float, Array]:
-    """(milliseconds of the largest member, [B] less without each block). Narrow weights run at the speed of int8, so
-    widths do not count; blocks of equal work are measured once. ``run_ms`` converts, runs and times a member."""
-    whole = run_ms(family.largest)
-    work, _, rest = bit_operations(family, LENGTH)
-    owner = np.array(family.owner)
-    known: dict[float, float] = {}
-    blocks = np.zeros(family.blocks)
-    for block in family.removable if family.most_left_out else []:
-        size = float(work[owner == block, -1].sum() + rest[block])
-        if size not in known:
-            known[size] = max(whole - run_ms(replace(family.largest, left_out=(block,))), 0.0)
-        blocks[block] = known[size]
-    return whole, blocks
-
-
 def make_tables(losses: Losses, *, term: str, folder: Path, ms: tuple[float, Array] | None) -> Tables:
-    """All tables; ``folder``: the ``int/`` folder of the largest member. ``ms``: what :func:`latency` gave, or None."""
+    """All tables. ``folder``: the ``int/`` folder of the largest member; ``ms``: what :func:`.family_costs.latency`
+    gave, or None."""
     family, sizes = losses.family, Sizes(losses.family, folder)
     loss, depths = measure_losses(losses, term)
     table, fixed, blocks = sizes.tables()

@@ -59,11 +59,24 @@ def padded(shape: Shape, *, vocab: int = 1000, seed: int = 0) -> dict[str, NDArr
 
 def time_calls(run: Run, batch: Batch, *, seconds: float, least: int = 5) -> list[float]:
     """Milliseconds of each call, after two that are not counted; ``least`` calls, and as many as fit ``seconds``."""
+    return [ms for (ms,) in time_in_turn([run], batch, seconds=seconds, least=least)]
+
+
+def time_in_turn(runs: Sequence[Run], batch: Batch, *, seconds: float, least: int = 5) -> list[list[float]]:
+    """Milliseconds of each call, a list for each round of one call of all ``runs``, after two rounds that are not
+    counted; ``least`` rounds, and as many as fit ``seconds``."""
+    rounds: list[list[float]] = []
     for _ in range(2):
-        run(batch)
-    times: list[float] = []
+        _round(runs, batch)
     start = time.perf_counter()
-    while len(times) < least or time.perf_counter() - start < seconds:
+    while len(rounds) < least or time.perf_counter() - start < seconds:
+        rounds.append(_round(runs, batch))
+    return rounds
+
+
+def _round(runs: Sequence[Run], batch: Batch) -> list[float]:
+    times = []
+    for run in runs:
         began = time.perf_counter()
         run(batch)
         times.append((time.perf_counter() - began) * 1e3)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,9 @@ import kdlsq_fx as kq
 from kdlsq_fx.data import load
 from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.family import WIDTHS, Family, Member, make_family
-from kdlsq_fx.family_tables import Sizes, bit_operations, latency, measure_losses
+from kdlsq_fx.family_costs import bit_operations, latency, run_in_turn
+from kdlsq_fx.family_sizes import Sizes
+from kdlsq_fx.family_tables import measure_losses
 from kdlsq_fx.files import read_tensors, write_tensors
 from kdlsq_fx.train import plain_groups
 
@@ -196,12 +200,21 @@ def test_the_time_of_blocks_is_what_a_model_lacks_without_them() -> None:
     family, _, _ = ready("bert")
     ran = []
 
-    def run_ms(member: Member) -> float:
-        ran.append(member.left_out)
-        return 10.0 - 3.0 * len(member.left_out)
+    def in_turn(members: Sequence[Member]) -> np.ndarray:
+        ran.extend(m.left_out for m in members)
+        busy = np.array([0.0, 1.0, 2.0, 40.0, 50.0])  # the machine gets slower while it measures
+        return np.array([[10.0 - 3.0 * len(m.left_out) for m in members]]) + busy[:, None]
 
-    whole, blocks = latency(family, run_ms)
-    assert whole == 10.0 and blocks.tolist() == [3.0, 3.0] and ran == [(), (0,)]  # blocks of equal work once
+    whole, blocks = latency(family, in_turn)
+    assert whole == 12.0 and blocks.tolist() == [3.0, 3.0] and ran == [(), (0,)]  # blocks of equal work once
+    _, slower = latency(family, lambda members: np.array([[10.0, 11.0]]))
+    assert slower.tolist() == [0.0, 0.0]
+
+
+def test_members_are_timed_in_turn() -> None:
+    family, model, _ = ready("bert")
+    ms = run_in_turn(family, [family.largest, replace(family.largest, left_out=(0,))], model, seconds=0)
+    assert ms.shape == (5, 2) and (ms > 0).all()
 
 
 class Told:

@@ -23,6 +23,8 @@ from kdlsq_fx.cli import main
 from kdlsq_fx.cli_parts import resumable
 from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.family import Member
+from kdlsq_fx.family_choices import Choices, member_key, member_of, nearest
+from kdlsq_fx.family_sizes import Sizes
 
 QUICK = ["--steps", "12", "--lr", "1e-3", "--batch-size", "16", "--held-out", "30", "--calibration", "16"]
 QUICK += ["--bits", "2,4,8", "--leave-out", "1", "--candidates", "2"]
@@ -82,15 +84,15 @@ def test_a_member_is_the_nearest_that_keeps_its_budget(made: tuple[Path, list[st
     plan = family_job.Plan(leave_out=1, batch_size=16, bits=(2, 4, 8), calibration=16, steps=12)
     task = family_job.Job(start, dataset, held, plan, out)
     task.train()
-    sizes = family_tables.Sizes(task.family, out / "largest" / "int")
-    means = {family_job.member_of(key): np.mean(rows) for key, rows in asked["members"].items()}
+    sizes = Sizes(task.family, out / "largest" / "int")
+    means = {member_of(key): np.mean(rows) for key, rows in asked["members"].items()}
     for row in json.loads((out / "table.json").read_text())["members"]:
         if row["name"] in budgets:
             fit = [m for m in means if sizes.of(m) <= row["budget"]]
             whole = [means[m] for m in fit if not m.left_out]
             assert row["held_out"] == pytest.approx(min(means[m] for m in fit) if row["left_out"] else min(whole))
     key, rows = next(iter(asked["members"].items()))
-    with task.family.at(family_job.member_of(key)) as kd, torch.no_grad():
+    with task.family.at(member_of(key)) as kd, torch.no_grad():
         batch = task.choosing.batch(range(14), labels=False)
         p, q = (m(**batch).logits.double().softmax(-1).numpy() for m in (start, kd.student))
     np.testing.assert_allclose((p * np.log(p / q)).sum(-1), rows, atol=1e-5)
@@ -99,9 +101,9 @@ def test_a_member_is_the_nearest_that_keeps_its_budget(made: tuple[Path, list[st
 def test_a_block_is_left_out_only_where_that_is_surely_nearer() -> None:
     whole, shallow, other = Member((8,)), Member((8,), (0,)), Member((2,))
     far = {whole: np.array([1.0, 1.0, 1.0, 1.2]), shallow: np.array([0.9, 1.2, 0.9, 1.1]), other: np.full(4, 5.0)}
-    assert family_job.nearest(list(far), far) == whole  # nearer by 0.025, with an error of 0.065
-    assert family_job.nearest(list(far), {**far, shallow: far[shallow] - 0.5}) == shallow
-    assert family_job.nearest([shallow, other], far) == shallow
+    assert nearest(list(far), far) == whole  # nearer by 0.025, with an error of 0.065
+    assert nearest(list(far), {**far, shallow: far[shallow] - 0.5}) == shallow
+    assert nearest([shallow, other], far) == shallow
 
 
 def test_another_budget_needs_no_more_training(made: tuple[Path, list[str], list[str]], capsys: Any) -> None:
@@ -199,15 +201,15 @@ def test_a_search_that_ended_gives_the_same_member_again(tmp_path: Path) -> None
         asked.append(member)
         return np.full(4, float(member.bits[0]))
 
-    first = family_job.Choices(tmp_path / "held_out.json", "rows", measure)
+    first = Choices(tmp_path / "held_out.json", "rows", measure)
     assert first.nearest([Member((8,)), Member((4,))]) == Member((4,))
     first.choose("a", Member((4,)))
     first.nearest([Member((2,))])  # of a search that was stopped
-    again = family_job.Choices(tmp_path / "held_out.json", "rows", measure)
-    assert again.chosen["a"] == family_job.member_key(Member((4,)))
+    again = Choices(tmp_path / "held_out.json", "rows", measure)
+    assert again.chosen["a"] == member_key(Member((4,)))
     assert again.before() == [Member((8,)), Member((4,))] and len(asked) == 3
     assert again.nearest([Member((2,)), Member((8,))]) == Member((2,)) and len(asked) == 3
-    assert not family_job.Choices(tmp_path / "held_out.json", "others", measure).members
+    assert not Choices(tmp_path / "held_out.json", "others", measure).members
 
 
 def test_sigterm_says_where_it_goes_on(tmp_path: Path) -> None:
