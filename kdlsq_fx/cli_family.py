@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
             least = {"bytes": min(budgets.values()), **limits} if budgets else {}
             family_job.check(model, dataset, held_out, plan, least)
         known = {"model": source, "held_out": args.held_out, "fp32": vars(fp32)}
-        belongs_to(out, known | {"data": [dataset.train.fingerprint, held_out.fingerprint]})
+        rows = {"train": dataset.train.fingerprint, "held_out": held_out.fingerprint}
+        belongs_to(out, known | {"data": rows})
         belongs_to(make_folder(made), {"plan": {**asdict(plan), "qconfig": qconfig.to_dict()}})
         start = job.start_model(source, dataset, tokenizer, out=out, settings=fp32)
         task = family_job.Job(start, dataset, held_out, plan, made)

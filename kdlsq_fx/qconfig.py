@@ -335,6 +335,9 @@ def resolve(qconfig: str | Path | QConfig | Rule | Sequence[Rule]) -> QConfig:
     if isinstance(qconfig, str):
         return preset(qconfig)
     if isinstance(qconfig, (tuple, list)):
+        if not qconfig:
+            do = "give a preset's name or rules; capture(model) is for the float graph"
+            raise ConfigError("no rules: nothing would be quantized", where="qconfig", do=do)
         return QConfig(rules=tuple(qconfig), name="rules")
     raise ConfigError(
         f"{qconfig!r:.80} is no qconfig", do="give a preset's name, a tuple of Rules, a QConfig or a path"
