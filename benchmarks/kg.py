@@ -66,6 +66,7 @@ def main() -> int:
     p.add_argument("--presets", nargs="+", default=list(PRESETS), help="`fp32`: the teacher alone")
     p.add_argument("--forms", nargs="+", default=["qat", "onnx"], choices=tuple(FORMS), help="what is measured")
     p.add_argument("--device", default="auto")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the matrix products in training")
     p.add_argument("--seed", type=int, default=42)
     p.add_argument("--scale", type=float, default=1.0, help="part of the epochs, for a trial")
     p.add_argument("--triples", type=int, help="measure only the first of dev, for a trial")
@@ -103,7 +104,8 @@ def load(task: str, args: argparse.Namespace) -> tuple[str, Any, kg_job.KgDatase
 
 def recipe(task: str, preset: str, args: argparse.Namespace) -> job.Recipe:
     epochs = EPOCHS[preset.partition("-")[0]][task] * args.scale
-    settings = job.Settings(epochs=epochs, lr=LR[preset.partition("-")[0]], batch_size=BATCH, seed=args.seed)
+    shared = {"batch_size": BATCH, "seed": args.seed, "precision": args.precision}
+    settings = job.Settings(epochs=epochs, lr=LR[preset.partition("-")[0]], **shared)
     return job.Recipe(settings=settings, dropout=0.0)  # the teacher has none either, and its values are the target
 
 
@@ -117,7 +119,7 @@ def run(task: str, preset: str, args: argparse.Namespace) -> None:
     source, tokenizer, dataset = load(task, args)
     out = args.runs / f"{task}-s{args.seed}"
     base = FP32[task] | {"epochs": FP32[task]["epochs"] * args.scale}
-    settings = job.Settings(seed=args.seed, warmup=0.1, clip=1.0, **base)
+    settings = job.Settings(seed=args.seed, warmup=0.1, clip=1.0, precision=args.precision, **base)
     teacher = job.fine_tune(source, dataset, tokenizer, out=out, settings=settings)
     chosen = None if preset == "fp32" else recipe(task, preset, args)
     record = described(task, preset, args) | {"recipe": asdict(chosen or settings), "rows": found["rows"]}
@@ -313,7 +315,9 @@ def origins(found: list[dict[str, Any]]) -> list[str]:
         known = ", ".join(f"{n} {v}" for n, v in r["versions"].items())
         part = f"{len(r['sequences'])} chunks" if r["preset"] == "speed" else r["measured"]
         where = f"{r['device']}, {r['cores']} cores, {r['machine']}"
-        lines.append(f"* {r['task']} {r['preset']}: {part} of dev; {where}; {known}; {r['commit']}, {r['date']}")
+        recipe = r.get("recipe", {})
+        trained = " trained in bf16," if recipe.get("settings", recipe).get("precision") == "bf16" else ""
+        lines.append(f"* {r['task']} {r['preset']}:{trained} {part} of dev; {where}; {known}; {r['commit']}, {r['date']}")
     return lines
 
 
