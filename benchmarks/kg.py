@@ -317,7 +317,9 @@ def origins(found: list[dict[str, Any]]) -> list[str]:
         where = f"{r['device']}, {r['cores']} cores, {r['machine']}"
         recipe = r.get("recipe", {})
         trained = " trained in bf16," if recipe.get("settings", recipe).get("precision") == "bf16" else ""
-        lines.append(f"* {r['task']} {r['preset']}:{trained} {part} of dev; {where}; {known}; {r['commit']}, {r['date']}")
+        lines.append(
+            f"* {r['task']} {r['preset']}:{trained} {part} of dev; {where}; {known}; {r['commit']}, {r['date']}"
+        )
     return lines
 
 
