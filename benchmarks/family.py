@@ -128,9 +128,12 @@ class Bench:
         if name in self.found["rows"]:
             return
         began = time.monotonic()
-        member, seen = task.choose(tables, limits)
-        spent = self.found["seconds"].get("family, search", 0.0)
-        self.found["seconds"]["family, search"] = spent + time.monotonic() - began
+        try:
+            member, seen = task.choose(tables, limits)
+        finally:  # a search that is stopped took its time too
+            spent = self.found["seconds"].get("family, search", 0.0)
+            self.found["seconds"]["family, search"] = spent + time.monotonic() - began
+            write_json(self.path, self.found)
         folder, qat = task.write(member, name.replace(" ", "-").replace("'", ""), self.tokenizer)
         more = {
             "budget": limits.get("bytes"),

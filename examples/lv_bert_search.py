@@ -32,9 +32,10 @@ from transformers import PreTrainedTokenizerFast
 
 import kdlsq_fx as kq
 from kdlsq_fx.family import Member
-from kdlsq_fx.family_search import Tables, best
+from kdlsq_fx.family_search import Tables, best, smallest
 
 Batch = dict[str, Tensor]
+FILES = ("sst2/train.tsv.gz", "sst2/dev.tsv", "vocab/bert-base-uncased-tokenizer.json")
 HELD_OUT = 512  # sentences of train that choose the order; an eighth of a smaller train
 
 
@@ -126,13 +127,12 @@ class Sentences:
 
 def load(folder: Path) -> tuple[Sentences, Sentences, Sentences]:
     """SST-2 of a folder of tasks: what trains, what is held out of train to judge orders, dev."""
-    words = str(folder / "vocab" / "bert-base-uncased-tokenizer.json")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=words, pad_token="[PAD]", unk_token="[UNK]")
-    texts, labels = read(folder / "sst2" / "train.tsv.gz")
+    train, dev, words = (folder / name for name in FILES)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(words), pad_token="[PAD]", unk_token="[UNK]")
+    texts, labels = read(train)
     at = len(texts) - min(HELD_OUT, len(texts) // 8)
-    parts = ((texts[:at], labels[:at]), (texts[at:], labels[at:]), read(folder / "sst2" / "dev.tsv"))
-    learn, judge, dev = (Sentences(tokenizer, *part) for part in parts)
-    return learn, judge, dev
+    parts = ((texts[:at], labels[:at]), (texts[at:], labels[at:]), read(dev))
+    return tuple(Sentences(tokenizer, *part) for part in parts)  # type: ignore[return-value]
 
 
 def cross_entropy(model: nn.Module, inputs: Batch, labels: Tensor) -> Tensor:
@@ -224,8 +224,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--mib", type=float, default=8.0, help="at most; weights at 8 bits, all else four bytes each")
     parser.add_argument("--qconfig", default="W8E8A8-int")
     args = parser.parse_args(argv)
-    learn, judge, dev = load(args.data)
     net = supernet(args.depth, args.hidden)
+    least = smallest(net.tables(np.zeros((args.depth, len(KINDS))))) / 2**20
+    if args.mib < least:
+        parser.error(f"--mib {args.mib:g}: the smallest of these orders takes {np.ceil(1e3 * least) / 1e3:g} MiB")
+    if missing := [name for name in FILES if not (args.data / name).is_file()]:
+        parser.error(f"{args.data} has no {missing[0]}")
+    learn, judge, dev = load(args.data)
     found = search(
         net, learn, judge, steps=args.steps, orders=args.orders, tried=args.tried, most=args.mib * 2**20
     )  # fmt: skip

@@ -80,14 +80,17 @@ def run(args: argparse.Namespace) -> int:
         fp32 = job.Settings(
             epochs=fp32_epochs(args, source, dataset.task), lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared
         )
+        ms = None
         if not (made / "family" / family_job.STATE).is_file():
             model = opening.load_task_model(source, dataset.task, seed=args.seed)
             least = {"bytes": min(budgets.values()), **limits} if budgets else {}
-            family_job.check(model, dataset, held_out, plan, least)
+            ms = family_job.check(model, dataset, held_out, plan, least, made)
         known = {"model": source, "held_out": args.held_out, "fp32": vars(fp32)}
         rows = {"train": dataset.train.fingerprint, "held_out": held_out.fingerprint}
         belongs_to(out, known | {"data": rows})
         belongs_to(make_folder(made), {"plan": {**asdict(plan), "qconfig": qconfig.to_dict()}})
+        if ms is not None:
+            family_job.keep_latency(made, ms)
         start = job.start_model(source, dataset, tokenizer, out=out, settings=fp32)
         task = family_job.Job(start, dataset, held_out, plan, made)
         return _look(task) if args.sensitivity else _write(task, budgets, tokenizer, limits)
@@ -97,16 +100,18 @@ def _asked(args: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]
     """(name of each model -> bytes, what all of them have to keep besides)."""
     from kdlsq_fx.family_job import parse_size
 
-    if args.budget and args.sensitivity:
-        do = "leave away --budget to look, or --sensitivity: it comes with the models too"
-        raise ConfigError("a budget is for models, and --sensitivity writes none", where="--budget", do=do)
-    if not args.budget and not args.sensitivity:
+    sizes = [t for t in "".join(args.budget.split()).split(",") if t]
+    for option in ("budget", "latency", "bit_operations"):
+        if args.sensitivity and getattr(args, option):
+            where = f"--{option.replace('_', '-')}"
+            do = f"leave away {where} to look, or --sensitivity: it comes with the models too"
+            raise ConfigError("that is for models, and --sensitivity writes none", where=where, do=do)
+    if not sizes and not args.sensitivity:
         do = "give --budget 6MiB,8MiB to write models, or --sensitivity only to look"
         raise ConfigError("a family is for budgets, or to look at", where="--budget", do=do)
     most = {"ms": (args.latency, 1.0, "ms"), "bitops": (args.bit_operations, 1e9, "G")}
     limits = {cost: given * unit for cost, (given, unit, _) in most.items() if given}
-    also = "".join(f"-{given:g}{name}" for given, _, name in most.values() if given)
-    sizes = [t for t in args.budget.replace(" ", "").split(",") if t]
+    also = "".join(f"-{str(given).removesuffix('.0')}{name}" for given, _, name in most.values() if given)
     return {f"{t}{also}": float(parse_size(t)) for t in sizes}, limits
 
 

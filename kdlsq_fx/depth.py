@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Collection, Iterable
 
 from torch import fx
 
@@ -50,6 +51,13 @@ def leave_out(gm: fx.GraphModule, blocks: Iterable[int]) -> None:
     if rest * total != len(found.attention) * (total - len(chosen)):
         do = "keep them: more than one value leaves one of them"
         raise ConfigError(f"blocks {chosen} cannot be left out", where="left_out", do=do)
+
+
+def renumbered(blocks: Collection[int], gone: Collection[int]) -> tuple[int, ...]:
+    """Numbers of blocks in a graph that lacks the blocks ``gone``, as numbers in the whole one."""
+    left = (b for b in itertools.count() if b not in set(gone))
+    numbers = list(itertools.islice(left, max(blocks, default=-1) + 1))
+    return tuple(numbers[b] for b in sorted(blocks))
 
 
 def _bypass(gm: fx.GraphModule, out: fx.Node, value: fx.Node) -> None:

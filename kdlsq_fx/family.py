@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from .depth import block_parameters, without
+from .depth import block_parameters, renumbered, without
 from .distillation import Distiller, distill
 from .errors import ConfigError
 from .graph import fetch, site_of
@@ -34,7 +34,7 @@ DRAWS = ("one", "sandwich")
 
 @dataclass(frozen=True)
 class Member:
-    """Which of the family: ``bits``, one for each switch, and ``left_out``, blocks counted from 0."""
+    """Which of the family: ``bits``, one for each switch, and ``left_out``, the family's blocks counted from 0."""
 
     bits: tuple[int, ...]
     left_out: tuple[int, ...] = ()
@@ -200,6 +200,11 @@ class Family(nn.Module):
         last["loss"] = sum((o.loss for o in outputs), start=torch.zeros_like(last.loss)) / len(outputs)
         return last
 
+    def left_out(self, member: Member) -> tuple[int, ...]:
+        """Blocks of the float model that a member lacks, those among them that the family's own rules leave out."""
+        base = self.student.qconfig.left_out
+        return tuple(sorted({*base, *renumbered(member.left_out, base)}))
+
     def qconfig(self, member: Member) -> QConfig:
         """The rules of a member: what ``prepare_qat`` makes its graph from."""
         base = self.student.qconfig
@@ -213,7 +218,7 @@ class Family(nn.Module):
                     why = f"{bits} bits in this member"
                     rules.append(replace(rule, site=site, op=op, weight=weight, why=why, optional=False))
         others = (replace(rule, optional=True) for rule in base.rules)  # what they are for may be gone or decided
-        return replace(base, rules=(*rules, *others), left_out=member.left_out, name="family member")
+        return replace(base, rules=(*rules, *others), left_out=self.left_out(member), name="family member")
 
     def member(self, member: Member, model: nn.Module) -> QuantModel:
         """A member as a qat model of its own: ``prepare_qat(model, rules)`` with the family's weights and scales.

@@ -40,6 +40,7 @@ from kdlsq_fx.train import fit
 from kdlsq_fx.watching import progress
 
 STATE = "model.safetensors"
+LATENCY = "latency.json"
 EVAL_ROWS = 64
 TERM = "output"  # what the search makes small: the distance of the outputs from the teacher's
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -118,7 +119,7 @@ class Job:
 
     def losses(self) -> Losses:
         """What was measured so far, one change at a time; use it as a context, so that nothing is lost."""
-        return Losses(self.family, self.batches(self.measured), self.out / "losses.json")
+        return Losses(self.family, self.batches(self.measured), self.out / "losses.json", self.measured.fingerprint)
 
     def tables(self, *, with_latency: bool = False) -> Tables:
         """Every table, measured or loaded."""
@@ -128,17 +129,11 @@ class Job:
         if not (folder / INFO).is_file():
             self.family.eval()
             convert(self.family.student).save_pretrained(folder)
-        ms = self._latency() if with_latency else None
+        if with_latency and not (self.out / LATENCY).is_file():
+            keep_latency(self.out, _measured(self.family, self.start))
+        ms = read_latency(self.out) if with_latency else None
         with self.losses() as losses:
             return make_tables(losses, term=TERM, folder=folder, ms=ms)
-
-    def _latency(self) -> tuple[float, Any]:
-        path = self.out / "latency.json"
-        if not path.is_file():
-            whole, blocks = latency(self.family, lambda members: run_in_turn(self.family, members, self.start))
-            write_json(path, {"format": 1, "whole": whole, "blocks": blocks.tolist()})
-        known = read_json(path)
-        return known["whole"], np.asarray(known["blocks"], float)
 
     # members
 
@@ -226,10 +221,12 @@ def split(held_out: kd_data.Encoded, plan: Plan) -> tuple[kd_data.Encoded, kd_da
 
 def check(
     model: torch.nn.Module, dataset: kd_data.Dataset, held_out: kd_data.Encoded, plan: Plan,
-    budgets: Mapping[str, float],
-) -> None:  # fmt: skip
+    budgets: Mapping[str, float], out: Path,
+) -> tuple[float, NDArray[np.float64]] | None:  # fmt: skip
     """Before anything is trained or written: ConfigError for a plan that makes no family of this model, and for budgets
     (cost -> at most) that no member can keep. Training changes little about costs. ``model``: the float model as it is.
+    What it measured of time (:func:`keep_latency`) is returned, so that it is not measured again with another result;
+    where that stands in ``out`` already it is read.
     """
     from kdlsq_fx.api import convert
 
@@ -239,14 +236,31 @@ def check(
         with tempfile.TemporaryDirectory() as folder:
             convert(family.student).save_pretrained(folder)
             refuse_below(budgets["bytes"], Sizes(family, Path(folder)).smallest())
+    ms = None
     if "ms" in budgets:
-        whole, blocks = latency(family, lambda members: run_in_turn(family, members, model))
+        whole, blocks = ms = read_latency(out) if (out / LATENCY).is_file() else _measured(family, model)
         refuse_below(budgets["ms"], whole - float(np.sort(blocks)[::-1][: plan.leave_out].sum()), "ms")
     if "bitops" in budgets:
         work, rest, blocks = bit_operations(family, LENGTH)
         narrow, owner = work.min(axis=1), np.asarray(family.owner)
         less = [float(narrow[owner == b].sum() + blocks[b]) for b in range(family.blocks)]
         refuse_below(budgets["bitops"], narrow.sum() + rest - sum(sorted(less)[::-1][: plan.leave_out]), "bitops")
+    return ms
+
+
+def _measured(family: Family, model: torch.nn.Module) -> tuple[float, NDArray[np.float64]]:
+    return latency(family, lambda members: run_in_turn(family, members, model))
+
+
+def keep_latency(out: Path, ms: tuple[float, NDArray[np.float64]]) -> None:
+    """What :func:`latency` gave, as ``out/latency.json``."""
+    write_json(out / LATENCY, {"format": 1, "whole": ms[0], "blocks": ms[1].tolist()})
+
+
+def read_latency(out: Path) -> tuple[float, NDArray[np.float64]]:
+    """What :func:`keep_latency` wrote."""
+    known = read_json(out / LATENCY)
+    return known["whole"], np.asarray(known["blocks"], float)
 
 
 @dataclass(frozen=True)
@@ -299,7 +313,7 @@ def run(
         rows.append(
             MemberRow(
                 name, size, told, found,
-                tables.cost("bitops", member), ms, widths_of(task.family, member), member.left_out,
+                tables.cost("bitops", member), ms, widths_of(task.family, member), task.family.left_out(member),
                 seen, scored.scores,
             )
         )  # fmt: skip

@@ -62,11 +62,13 @@ def losses_of(family: Family, member: Member, batches: Sequence[dict[str, Any]])
 
 class Losses:
     """Measurements of a family on one set of batches, kept in a JSON file. Keys name what differs from the largest
-    member: ``""``, ``"bert.pooler.dense.weight=2"``, ``"-3,5"``."""
+    member: ``""``, ``"bert.pooler.dense.weight=2"``, ``"-3,5"``. ``of_rows``: hash of the rows in the batches; what the
+    file holds of others is not taken."""
 
-    def __init__(self, family: Family, batches: Sequence[dict[str, Any]], path: Path) -> None:
-        self.family, self.batches, self.path = family, batches, path
-        self.found: dict[str, dict[str, float]] = read_json(path)["losses"] if path.exists() else {}
+    def __init__(self, family: Family, batches: Sequence[dict[str, Any]], path: Path, of_rows: str) -> None:
+        self.family, self.batches, self.path, self.of_rows = family, batches, path, of_rows
+        known = read_json(path) if path.exists() else {}
+        self.found: dict[str, dict[str, float]] = known["losses"] if known.get("of_rows") == of_rows else {}
         self.saved = time.monotonic()
         family.remembered.forget(keep=len(batches))
 
@@ -78,7 +80,7 @@ class Losses:
         return self.found[key]
 
     def save(self) -> None:
-        write_json(self.path, {"format": 1, "rows": self.rows, "losses": self.found})
+        write_json(self.path, {"format": 1, "rows": self.rows, "of_rows": self.of_rows, "losses": self.found})
         self.saved = time.monotonic()
 
     @property

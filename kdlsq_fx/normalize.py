@@ -59,6 +59,8 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node) -> None:
         node.target = RENAMED[target]
     elif target in (aten.dropout.default, aten.feature_dropout.default):
         _restore_dropout(gm, node)
+    elif target is aten.conv1d.padding:
+        _named_padding(node)
     elif target is aten.im2col.default:
         _unfold(node)
     elif target in FACTORIES:
@@ -107,6 +109,19 @@ def _taken(gm: fx.GraphModule, path: str) -> bool:
         return isinstance(fetch(gm, path), nn.Dropout)
     except AttributeError:
         return False
+
+
+def _named_padding(node: fx.Node) -> None:
+    """``conv1d(padding="same")`` and ``"valid"`` with numbers; what "same" has more behind than in front is a pad."""
+    given: Any = [*node.args, *[None, [1], "valid", [1], 1][len(node.args) - 2 :]]
+    x, weight, bias, stride, named, dilation, groups = given
+    over = dilation[0] * (weight.meta["val"].shape[-1] - 1) if named == "same" else 0
+    if over % 2:
+        with node.graph.inserting_before(node), enable_python_dispatcher():
+            padded = node.graph.call_function(aten.pad.default, (x, [over // 2, over - over // 2]))
+            padded.meta = {**node.meta, "val": aten.pad.default(x.meta["val"], [over // 2, over - over // 2])}
+        x, over = padded, 0
+    node.target, node.args = aten.conv1d.default, (x, weight, bias, stride, [over // 2], dilation, groups)
 
 
 def _unfold(node: fx.Node) -> None:

@@ -88,7 +88,7 @@ def _want(
             reader, operand = operand, masked[0]  # noqa: PLW2901  (the mask is added behind the quantizer)
         else:
             reader = node
-        demand = _demand(gm, operand, kind, rule, moved)
+        demand = _demand(gm, operand, kind, rule, moved, on_grid=op_label(node) == "layer_norm")
         if demand is None:
             continue
         key = (_identity(demand.value), "wide" if demand.kind == "wide" else "act")
@@ -157,7 +157,10 @@ def _want_region(region: Region, qconfig: QConfig, found: dict[tuple[object, str
     return True
 
 
-def _demand(gm: fx.GraphModule, operand: fx.Node, kind: str, rule: Rule, moved: set[fx.Node]) -> Demand | None:
+def _demand(
+    gm: fx.GraphModule, operand: fx.Node, kind: str, rule: Rule, moved: set[fx.Node], *, on_grid: bool = False
+) -> Demand | None:
+    """``on_grid``: the reader takes no accumulator as it is, but a value with a quantizer."""
     value = root(operand)
     if not is_float(value) or value in moved:
         return None
@@ -172,6 +175,7 @@ def _demand(gm: fx.GraphModule, operand: fx.Node, kind: str, rule: Rule, moved: 
         spec = None if _holds_codes(gm, behind_dropout(value)) else rule.spec(kind)
     elif kind == "wide" and (rule.wide is not None or rule.act is not None):
         many = value is not operand and _has_channel_scales(gm, value)
+        many |= on_grid and _exact(value) and not _holds_codes(gm, behind_dropout(value))
         if _exact(value) and not many:
             return None
         is_wide = name == "add" or many

@@ -19,12 +19,14 @@ from tiny_glue import bert, tokenizer, write_sst
 
 import kdlsq_fx as kq
 from kdlsq_fx.data import load
+from kdlsq_fx.depth import renumbered
 from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.family import WIDTHS, Family, Member, make_family
 from kdlsq_fx.family_costs import bit_operations, latency, run_in_turn
 from kdlsq_fx.family_sizes import Sizes
-from kdlsq_fx.family_tables import measure_losses
+from kdlsq_fx.family_tables import Losses, measure_losses
 from kdlsq_fx.files import read_tensors, write_tensors
+from kdlsq_fx.qconfig import resolve
 from kdlsq_fx.train import plain_groups
 
 
@@ -215,6 +217,30 @@ def test_members_are_timed_in_turn() -> None:
     family, model, _ = ready("bert")
     ms = run_in_turn(family, [family.largest, replace(family.largest, left_out=(0,))], model, seconds=0)
     assert ms.shape == (5, 2) and (ms > 0).all()
+
+
+@pytest.mark.parametrize("name", ["bert", "albert"])
+def test_a_family_of_rules_that_leave_blocks_out(name: str) -> None:
+    """Its own blocks are counted without those."""
+    model = tiny(name, num_hidden_layers=4).eval()
+    data = for_model(model, batch())
+    family = make_family(model, model, replace(resolve("W8E8A8"), left_out=(1,)), batches=[data], leave_out=1).eval()
+    member = replace(mixed(family), left_out=(1,))
+    assert family.blocks == 3 and family.left_out(member) == (1, 2) and family.left_out(family.largest) == (1,)
+    with family.at(member) as kd, torch.no_grad():
+        want = kd.student(**data).logits
+    torch.testing.assert_close(family.member(member, model)(**data).logits, want, rtol=0, atol=0)
+    assert renumbered((0, 1, 2), (0, 2)) == (1, 3, 4) and renumbered((), (1,)) == ()
+
+
+def test_losses_of_other_rows_are_not_taken(tmp_path: Path) -> None:
+    family, model, data = ready("bert")
+    found = []
+    for rows, text in (("a", 1), ("b", 2)):
+        batches = [{k: v[:text] for k, v in data.items()}]
+        with Losses(family, batches, tmp_path / "losses.json", rows) as losses:
+            found.append(losses.of("", family.largest))
+    assert found[0] != found[1]
 
 
 class Told:

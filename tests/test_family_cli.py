@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from kdlsq_fx.cli_parts import resumable
 from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.family import Member
 from kdlsq_fx.family_choices import Choices, member_key, member_of, nearest
+from kdlsq_fx.family_search import best, steps_from, within
 from kdlsq_fx.family_sizes import Sizes
 
 QUICK = ["--steps", "12", "--lr", "1e-3", "--batch-size", "16", "--held-out", "30", "--calibration", "16"]
@@ -91,6 +93,16 @@ def test_a_member_is_the_nearest_that_keeps_its_budget(made: tuple[Path, list[st
             fit = [m for m in means if sizes.of(m) <= row["budget"]]
             whole = [means[m] for m in fit if not m.left_out]
             assert row["held_out"] == pytest.approx(min(means[m] for m in fit) if row["left_out"] else min(whole))
+    tables, losses = task.tables(), json.loads((out / "losses.json").read_text())["losses"]
+    for row in json.loads((out / "table.json").read_text())["members"]:
+        if row["name"] in budgets:  # who was asked: uniform ones, neighbouring widths, and around the nearest so far
+            budget = {"bytes": row["budget"]}
+            uniform = [m for m in map(task.family.uniform, plan.bits) if tables.keeps(m, budget)]
+            pairs = [m for pair in ((2, 4), (4, 8)) for m in best(within(tables, *pair), budget)]
+            assert {member_key(m) for m in (*best(tables, budget, 2), *uniform, *pairs)} <= asked["members"].keys()
+            winner = member_of(asked["chosen"][json.dumps(budget)])
+            around = [m for m in means if all(member_key(o) in losses for _, o in steps_from(tables, m))]
+            assert len(around) >= 1 and (winner in around or len(around) >= plan.rounds)
     key, rows = next(iter(asked["members"].items()))
     with task.family.at(member_of(key)) as kd, torch.no_grad():
         batch = task.choosing.batch(range(14), labels=False)
@@ -104,6 +116,23 @@ def test_a_block_is_left_out_only_where_that_is_surely_nearer() -> None:
     assert nearest(list(far), far) == whole  # nearer by 0.025, with an error of 0.065
     assert nearest(list(far), {**far, shallow: far[shallow] - 0.5}) == shallow
     assert nearest([shallow, other], far) == shallow
+
+
+def test_a_time_is_measured_once(made: tuple[Path, list[str], list[str]], tmp_path: Path, monkeypatch: Any) -> None:
+    """What a latency was held against before the training stands after it too."""
+    _, argv, _ = made
+    argv = [*argv[: argv.index("--out")], "--out", str(tmp_path), "--budget", "90KiB", "--latency", "9.5"]
+    asked: list[int] = []
+
+    def in_turn(family: Any, members: Sequence[Member], model: Any) -> Any:
+        asked.append(len(members))
+        return np.array([[10.0, 9.0]]) if len(asked) == 1 else np.array([[12.0, 11.9]])
+
+    monkeypatch.setattr(family_job, "run_in_turn", in_turn)
+    assert main(argv) == 0 and asked == [2]
+    (row,) = json.loads((tmp_path / "members" / "table.json").read_text())["members"]
+    assert row["ms"] == 9.0 and len(row["left_out"]) == 1
+    assert main([*argv, "--latency", "8.9"]) == 1 and asked == [2]
 
 
 def test_another_budget_needs_no_more_training(made: tuple[Path, list[str], list[str]], capsys: Any) -> None:
@@ -135,10 +164,12 @@ def test_sensitivity_trains_nothing(made: tuple[Path, list[str], list[str]], cap
     ("more", "says"),
     [
         (["--budget", "4bananas"], "is no size"),
+        (["--budget", " , "], "--sensitivity only to look"),
         ([], "--sensitivity only to look"),
         (["--budget", "30KiB", "--bits", "two"], "names no widths"),
         (["--budget", "30KiB", "--held-out", "90"], "cannot be held out"),
         (["--budget", "30KiB", "--sensitivity"], "writes none"),
+        (["--latency", "3", "--sensitivity"], "writes none"),
         (["--budget", "30KiB", "--calibration", "30"], "30 of 30 rows held out"),
         (["--sensitivity", "--bits", "1,8"], "from 2 to 8"),
         (["--budget", "90KiB", "--leave-out", "3"], "leave out 0 to 1"),

@@ -75,6 +75,17 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_budget_that_no_order_keeps_is_told_before_anything_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        lv_bert_search.main(["no folder", "--depth=2", "--hidden=64", "--mib=0.01"])
+    least = float(
+        re.findall(r"--mib 0.01: the smallest of these orders takes ([\d.]+) MiB", capsys.readouterr().err)[0]
+    )
+    with pytest.raises(SystemExit):
+        lv_bert_search.main(["nowhere", "--depth=2", "--hidden=64", f"--mib={least}"])
+    assert "nowhere has no sst2/train.tsv.gz" in capsys.readouterr().err
+
+
 def test_the_script_searches_trains_and_converts(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"depth": 2, "steps": 40, "orders": 6, "tried": 2, "hidden": 64}
     lv_bert_search.main([str(data), *(f"--{k}={v}" for k, v in options.items())])

@@ -23,7 +23,7 @@ from kdlsq_fx.backends.onnx_integer import OnnxIntegerCodes
 from kdlsq_fx.calibration import calibrate, param_groups
 from kdlsq_fx.capture import capture
 from kdlsq_fx.comparison import compare
-from kdlsq_fx.errors import ConfigError, VerifyError
+from kdlsq_fx.errors import ConfigError, LoweringError, VerifyError
 from kdlsq_fx.op import BY_NAME
 from kdlsq_fx.ops.integer import int_linear, int_mul, numpy_int_mul
 from kdlsq_fx.qconfig import QSpec, Rule
@@ -328,3 +328,69 @@ def test_a_product_that_leaves_32_bits_is_refused() -> None:
     gm.recompile()
     with pytest.raises(VerifyError, match="product of int_mul can be"):
         verify(gm)
+
+
+class Conv(nn.Module):
+    """A convolution between a table and a LayerNorm, with what ``nn.Conv1d`` takes."""
+
+    def __init__(self, product: str = "conv", **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.product, self.words = product, nn.Embedding(20, 16)
+        self.linear, self.norm, self.head = nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 2)
+        self.conv = nn.Conv1d(16, 16, **{"kernel_size": 3, "padding": 1, **options})
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.words(input_ids)
+        x = self.linear(x) if self.product == "linear" else self.conv(x.transpose(1, 2)).transpose(1, 2)
+        return self.head(self.norm(x))  # type: ignore[no-any-return]
+
+
+def conv(qconfig: Any, **options: Any) -> tuple[nn.Module, Any]:
+    model = Conv(**options).eval()
+    ids = {"input_ids": torch.randint(0, 20, (4, 12))}
+    qat = prepare_qat(model, qconfig, example=ids)
+    calibrate(qat, [ids], progress=False)
+    return model, qat.eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": "same"},
+        {"padding": "same", "kernel_size": 4, "groups": 16},  # one more behind than in front
+        {"padding": "same", "dilation": 3},
+        {"padding": "valid"},
+        {"padding_mode": "reflect"},
+        {"padding_mode": "circular"},
+    ],
+)
+def test_padding_by_name(options: dict[str, Any], tmp_path: Path) -> None:
+    model, qat = conv("W4E4A8", **options)
+    ids = torch.randint(0, 20, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(capture(model, {"input_ids": ids[:, :7]}).gm(ids)[0], model(ids))
+    want = qat(ids).detach()
+    seen = convert(qat)(ids)
+    torch.testing.assert_close(seen, want, rtol=0, atol=1e-5)
+    if options.get("padding_mode") == "circular":
+        with pytest.raises(LoweringError, match="no ONNX form for padding"):
+            export_onnx(qat, tmp_path / "m.onnx")
+        return
+    export_onnx(qat, tmp_path / "m.onnx")
+    (there,) = onnxruntime.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"input_ids": ids.numpy()})
+    np.testing.assert_allclose(there, want.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"product": "linear"}, {}, {"padding": "same", "kernel_size": 4}])
+def test_a_product_is_rounded_before_a_layer_norm_of_integers(options: dict[str, Any], tmp_path: Path) -> None:
+    """There is no sum between them that would be."""
+    _, qat = conv("W8E8A8-int", **options)
+    ids = torch.randint(0, 20, (2, 9))
+    model = convert(qat)
+    seen = compare(qat, model, {"input_ids": ids})
+    assert model.gm.meta["integer_only"] and not seen.unmatched and seen.max_steps <= 1
+    export_onnx(qat, tmp_path / "m.onnx", target="integer")
+    (there,) = onnxruntime.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"input_ids": ids.numpy()})
+    for backend in ("reference", "torch"):
+        np.testing.assert_array_equal(convert(qat, backend=backend)(ids).numpy(), there)

@@ -89,7 +89,7 @@ def numpy_gather(x: Array, dim: int, index: Array, sparse_grad: bool = False) ->
     return np.take_along_axis(part, index, axis=dim)
 
 
-PAD_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
+PAD_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # NumPy's names
 
 
 def numpy_pad(x: Array, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Array:
@@ -103,6 +103,8 @@ def numpy_pad(x: Array, pad: Sequence[int], mode: str = "constant", value: float
 
 def _emit_pad(g: Any, x: Any, pad: Sequence[Any], mode: str = "constant", value: float | None = None) -> Any:
     rank, n = g.rank(x), len(pad) // 2
+    if mode == "circular":
+        g.refuse("padding with what stands at the other end (circular)")
     before, after = [0] * rank, [0] * rank
     for i in range(n):
         before[rank - 1 - i], after[rank - 1 - i] = pad[2 * i], pad[2 * i + 1]
