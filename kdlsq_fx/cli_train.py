@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
         for name, qconfig in chosen.items():
             if not (args.out / name / "qat").is_dir():
                 _rehearse(source, dataset, qconfig, args.target, skip=kg_cli.skipped(args))
-        rows = {"train": dataset.train.fingerprint, "dev": dataset.dev.fingerprint}
-        belongs_to(args.out, {"model": source, "data": rows, "fp32": vars(fp32)})
+        hashes = {"train": dataset.train.fingerprint, "dev": dataset.dev.fingerprint}
+        belongs_to(args.out, {"model": source, "data": hashes, "fp32": vars(fp32)})
         for name, qconfig in chosen.items():
             mine = {"recipe": asdict(recipe), "teacher": args.teacher, "target": args.target}
             mine |= {"qconfig": qconfig.to_dict()} | ({"more": learned.train.fingerprint} if args.more else {})

@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.family import WIDTHS, Family, Member, make_family
 from kdlsq_fx.family_choices import Choices, member_key, member_of
 from kdlsq_fx.family_costs import LENGTH, bit_operations, latency, run_in_turn
-from kdlsq_fx.family_search import Tables, best, check_budgets, near, refuse_below, steps_from, within
+from kdlsq_fx.family_search import Tables, best, check_budgets, near, proposals, refuse_below, steps_from
 from kdlsq_fx.family_sizes import Sizes
 from kdlsq_fx.family_tables import Losses, make_tables, output_distances
 from kdlsq_fx.files import INFO, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
@@ -140,16 +139,14 @@ class Job:
     def choose(self, tables: Tables, budgets: Mapping[str, float]) -> tuple[Member, float]:
         """The member whose outputs are nearest to the teacher's on the rows that choose, and how near; one without some
         block only where it is nearer than all with more blocks by more than the standard error of the difference. Asked
-        are the best by the tables, the best of each two neighbouring widths, every uniform member that keeps the
-        budgets, and what earlier searches measured and keeps them; then, ``rounds`` times, the best by tables made
-        around the nearest so far. ConfigError where no member keeps all the budgets."""
+        are the :func:`proposals` of the tables, and what earlier searches measured and keeps the budgets; then,
+        ``rounds`` times, the best by tables made around the nearest so far. ConfigError where no member keeps all the
+        budgets."""
         known = Choices(self.out / "held_out.json", self.choosing.fingerprint, self.distances)
         asked = json.dumps(dict(sorted(budgets.items())))
         if asked not in known.chosen:
-            plain = [m for m in map(self.family.uniform, self.family.bits) if tables.keeps(m, budgets)]
             before = [m for m in known.before() if tables.keeps(m, budgets)]
-            paired = [m for pair in pairwise(self.family.bits) for m in best(within(tables, *pair), budgets)]
-            first = [*best(tables, budgets, self.plan.candidates), *paired, *plain, *before]
+            first = [*proposals(tables, budgets, self.plan.candidates), *before]
             if not first:
                 told = ", ".join(f"{most:g} {cost}" for cost, most in budgets.items())
                 raise ConfigError("no member keeps all of it", where=told, do="allow more of one of them")

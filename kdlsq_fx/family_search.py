@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +104,16 @@ def best(tables: Tables, budgets: Mapping[str, float], count: int = 1) -> list[M
         forbidden[winner.left_out].append(tables.chosen(winner))
         open_[winner.left_out] = _solve(tables, budgets, winner.left_out, forbidden[winner.left_out])
     return found
+
+
+def proposals(tables: Tables, budgets: Mapping[str, float], count: int) -> list[Member]:
+    """Members to measure, for tables only add changes up: the ``count`` best, the best of each two neighbouring widths,
+    and every uniform member that keeps the budgets."""
+    pairs = [m for pair in pairwise(tables.bits) for m in best(within(tables, *pair), budgets)]
+    uniform = [Member((bits,) * len(tables.names)) for bits in tables.bits]
+    return list(
+        dict.fromkeys([*best(tables, budgets, count), *pairs, *(m for m in uniform if tables.keeps(m, budgets))])
+    )
 
 
 def within(tables: Tables, low: int, high: int) -> Tables:

@@ -25,7 +25,7 @@ from kdlsq_fx.cli_parts import resumable
 from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.family import Member
 from kdlsq_fx.family_choices import Choices, member_key, member_of, nearest
-from kdlsq_fx.family_search import best, steps_from, within
+from kdlsq_fx.family_search import proposals, steps_from
 from kdlsq_fx.family_sizes import Sizes
 
 QUICK = ["--steps", "12", "--lr", "1e-3", "--batch-size", "16", "--held-out", "30", "--calibration", "16"]
@@ -95,11 +95,9 @@ def test_a_member_is_the_nearest_that_keeps_its_budget(made: tuple[Path, list[st
             assert row["held_out"] == pytest.approx(min(means[m] for m in fit) if row["left_out"] else min(whole))
     tables, losses = task.tables(), json.loads((out / "losses.json").read_text())["losses"]
     for row in json.loads((out / "table.json").read_text())["members"]:
-        if row["name"] in budgets:  # who was asked: uniform ones, neighbouring widths, and around the nearest so far
+        if row["name"] in budgets:  # who was asked: the tables' proposals, and those around the nearest so far
             budget = {"bytes": row["budget"]}
-            uniform = [m for m in map(task.family.uniform, plan.bits) if tables.keeps(m, budget)]
-            pairs = [m for pair in ((2, 4), (4, 8)) for m in best(within(tables, *pair), budget)]
-            assert {member_key(m) for m in (*best(tables, budget, 2), *uniform, *pairs)} <= asked["members"].keys()
+            assert {member_key(m) for m in proposals(tables, budget, 2)} <= asked["members"].keys()
             winner = member_of(asked["chosen"][json.dumps(budget)])
             around = [m for m in means if all(member_key(o) in losses for _, o in steps_from(tables, m))]
             assert len(around) >= 1 and (winner in around or len(around) >= plan.rounds)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.family import Member
-from kdlsq_fx.family_search import Tables, best, near, smallest, steps_from, within
+from kdlsq_fx.family_search import Tables, best, near, proposals, smallest, steps_from, within
 
 
 def tables(seed: int, *, switches: int = 4, widths: tuple[int, ...] = (2, 4, 8), blocks: int = 2) -> Tables:
@@ -130,6 +130,21 @@ def test_the_error_names_the_smallest_size() -> None:
     with pytest.raises(ConfigError, match=f"{least:g} MiB"):
         best(big, {"bytes": 2**20})
     assert best(big, {"bytes": least * 2**20})[0].bits == (2,) * 4
+
+
+@pytest.mark.parametrize(("seed", "share"), [(0, 0.3), (1, 0.6), (2, 1.0), (3, 0.05)])
+def test_proposals_are_the_best_of_all_and_of_neighbouring_widths_and_the_uniform_ones(seed: int, share: float) -> None:
+    t = tables(seed)
+    sizes = [t.cost("bytes", m) for _, m in enumerated(t, {"bytes": np.inf})]
+    budget = {"bytes": min(sizes) + share * (max(sizes) - min(sizes))}
+    found = proposals(t, budget, 3)
+    fitting = [m for _, m in enumerated(t, budget)]
+    assert found[: min(3, len(fitting))] == fitting[:3] and len(set(found)) == len(found)
+    for pair in ((2, 4), (4, 8)):
+        there = [m for m in fitting if {b for b, on in zip(m.bits, t.there(m.left_out)) if on} <= set(pair)]
+        assert not there or min(t.expected(m) for m in found if m in there) == t.expected(there[0])
+    uniform = [Member((bits,) * 4) for bits in t.bits]
+    assert {m for m in uniform if t.keeps(m, budget)} <= set(found) <= set(fitting)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
