@@ -147,11 +147,13 @@ def _rehearse(source: str, dataset: Any, qconfig: Any, target: str, *, skip: tup
 
 
 def _qconfigs(args: argparse.Namespace) -> dict[str, Any]:
-    """The rules by name, a file's by its stem. ConfigError for an unknown one, two of one name, and where the target
-    cannot hold it."""
+    """The rules by name: a file's by its stem, ``rules.json`` (a family's member) by its folder. ConfigError for an
+    unknown one, two of one name, and where the target cannot hold it."""
     from kdlsq_fx.qconfig import resolve
 
-    names = [Path(name).stem if name.endswith(".json") else name for name in args.qconfig]
+    files = {name: Path(name) for name in args.qconfig if name.endswith(".json")}
+    stems = {name: p.parent.name if p.stem == "rules" and p.parent.name else p.stem for name, p in files.items()}
+    names = [stems.get(name, name) for name in args.qconfig]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         do = "give each once, and JSON files names of their own"

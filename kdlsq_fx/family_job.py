@@ -187,9 +187,10 @@ class Job:
 
         folder = make_folder(self.out / name)
         rules, text = folder / "rules.json", self.family.qconfig(member).to_json() + "\n"
-        if rules.is_file() and rules.read_text(encoding="utf-8") == text:
+        whole = all((folder / part / INFO).is_file() for part in ("qat", "int"))
+        if whole and rules.is_file() and rules.read_text(encoding="utf-8") == text:
             return folder, from_pretrained(folder / "qat")
-        rules.unlink(missing_ok=True)  # written last: a folder with rules is whole
+        rules.unlink(missing_ok=True)  # written last
         qat = self.family.member(member, self.start)
         qat.save_pretrained(folder / "qat", tokenizer)
         convert(qat).save_pretrained(folder / "int")

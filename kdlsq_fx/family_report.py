@@ -38,7 +38,7 @@ def write_sensitivity(task: Job) -> str:
         "|---" * (2 + len(widths)) + "|",
     ]
     for i in order:
-        cells = " | ".join(f"{v:.5f}" for v in table[i, :-1])
+        cells = " | ".join(f"{v:.2g}" for v in table[i, :-1])
         lines.append(f"| {names[i]} | {family.weight(i).numel()} | {cells} |")
     text = "\n".join(lines)
     write_text(task.out / "sensitivity.md", text + "\n")
@@ -94,6 +94,6 @@ def table_text(rows: Sequence[MemberRow], fp32: job.Row, measure: str) -> str:
         score = f"{row.scores['headline']:.1f} ± {row.scores['headline_se']:.1f}"
         lines.append(
             f"| {row.name} | {row.size / 2**20:.2f} | {widths} | {gone} | {row.bitops / 1e9:.1f} | {ms} | "
-            f"{row.held_out:.4f} | {score} |"
+            f"{row.held_out:.3g} | {score} |"
         )
     return "\n".join(lines)

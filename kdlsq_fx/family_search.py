@@ -163,7 +163,8 @@ def refuse_below(most: float, least: float, cost: str = "bytes") -> None:
     if most < least:
         size, unit = UNITS[cost] if cost != "bytes" or least >= UNITS[cost][0] / 10 else (1.0, cost)
         enough = f"{np.ceil(1e4 * least / size) / 1e4:.4f}".rstrip("0").rstrip(".")
-        what = f"a budget of {most / size:.4g} {unit} is below the smallest model, {enough} {unit}"
+        asked = f"{most:.0f}" if unit == "bytes" else f"{most / size:.4g}"
+        what = f"a budget of {asked} {unit} is below the smallest model, {enough} {unit}"
         do = f"ask for at least {enough} {unit}, "
         do += "allow narrower widths (--bits), " * (cost != "ms") + "or more blocks to be left out (--leave-out)"
         do += "; times are measured once, in latency.json" * (cost == "ms")

@@ -19,18 +19,18 @@ FIGURES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Hits@3": lambda ranks: 100.0 * (ranks <= 3),
     "Hits@10": lambda ranks: 100.0 * (ranks <= 10),
 }
-HEADLINE = "Hits@10"
 
 
-def rank_scores(ranks: np.ndarray) -> dict[str, float]:
+def rank_scores(ranks: np.ndarray, headline: str = "Hits@10") -> dict[str, float]:
     """All figures of ranks float64 [triples, sides] and their standard errors: ``{"MR": 2.1, "MR_se": 0.1, ...}``, and
-    Hits@10 again as ``headline``. Both sides of a triple are one draw: their mean enters the error."""
+    that of the name ``headline`` again as ``headline``. Both sides of a triple are one draw: their mean enters the
+    error."""
     if not len(ranks) or not np.isfinite(ranks).all() or (ranks < 1).any():
         raise InputError("no ranks, or some that are no number of 1 or more", do="rank every triple first")
     out: dict[str, float] = {}
     for name, of in FIGURES.items():
         out[name], out[f"{name}_se"] = _mean(of(ranks).reshape(len(ranks), -1).mean(axis=1))
-    return out | {"headline": out[HEADLINE], "headline_se": out[f"{HEADLINE}_se"]}
+    return out | {"headline": out[headline], "headline_se": out[f"{headline}_se"]}
 
 
 def rank_difference(a: np.ndarray, b: np.ndarray, name: str) -> tuple[float, float]:

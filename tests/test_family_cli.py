@@ -7,8 +7,10 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import kdlsq_fx as kq
 from kdlsq_fx import data, family_job, family_tables, opening
 from kdlsq_fx.cli import main
 from kdlsq_fx.cli_parts import resumable
+from kdlsq_fx.cli_train import _qconfigs
 from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.family import Member
 from kdlsq_fx.family_choices import Choices, member_key, member_of, nearest
@@ -146,6 +149,11 @@ def test_another_budget_needs_no_more_training(made: tuple[Path, list[str], list
     assert "a budget of 1e-06 G bit operations is below the smallest model" in capsys.readouterr().err
     assert main([*argv, "--budget", "34KiB", "--lr", "5"]) == 1
     assert "another plan" in capsys.readouterr().err
+    shutil.rmtree(out / budgets[0] / "int")
+    assert main([*argv, "--budget", budgets[0]]) == 0
+    assert (out / budgets[0] / "int" / "model.safetensors").is_file()
+    files = [str(out / name / "rules.json") for name in budgets]
+    assert list(_qconfigs(Namespace(qconfig=files, target="ort-cpu"))) == budgets
 
 
 def test_sensitivity_trains_nothing(made: tuple[Path, list[str], list[str]], capsys: Any, tmp_path: Path) -> None:

@@ -297,6 +297,7 @@ def test_figures_of_ranks() -> None:
     got = rank_scores(ranks)
     assert got["MR"] == pytest.approx(58.5 / 6) and got["Hits@1"] == pytest.approx(100 * 2 / 6)
     assert got["MRR"] == pytest.approx(100 * (1 + 1 / 2.5 + 1 + 0.1 + 1 / 40 + 1 / 4) / 6)
+    assert rank_scores(ranks, "Hits@1")["headline"] == got["Hits@1"]
     assert got["Hits@3"] == pytest.approx(50) and got["Hits@10"] == got["headline"] == pytest.approx(500 / 6)
     assert got["MR_se"] == pytest.approx(np.std([1.75, 5.5, 22], ddof=1) / 3**0.5)
     assert rank_difference(ranks, ranks, "MR") == (0, 0)
