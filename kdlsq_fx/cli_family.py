@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import asdict, replace
 
     from kdlsq_fx import data, family_job, job, opening
-    from kdlsq_fx.files import belongs_to, make_folder
+    from kdlsq_fx.files import SETTINGS, belongs_to, make_folder
     from kdlsq_fx.limits import check_fits
     from kdlsq_fx.qconfig import resolve
 
@@ -80,15 +80,19 @@ def run(args: argparse.Namespace) -> int:
         fp32 = job.Settings(
             epochs=fp32_epochs(args, source, dataset.task), lr=args.fp32_lr, warmup=0.1, clip=1.0, **shared
         )
+        hashes = {"train": dataset.train.fingerprint, "held_out": held_out.fingerprint}
+        known = {"model": source, "held_out": args.held_out, "fp32": vars(fp32), "data": hashes}
+        planned = {"plan": {**asdict(plan), "qconfig": qconfig.to_dict()}}
+        for folder, options in ((out, known), (made, planned)):
+            if (folder / SETTINGS).is_file():  # a new folder stays empty until the plan is known to be sound
+                belongs_to(folder, options)
         ms = None
         if not (made / "family" / family_job.STATE).is_file():
             model = opening.load_task_model(source, dataset.task, seed=args.seed)
             least = {"bytes": min(budgets.values()), **limits} if budgets else {}
             ms = family_job.check(model, dataset, held_out, plan, least, made)
-        known = {"model": source, "held_out": args.held_out, "fp32": vars(fp32)}
-        rows = {"train": dataset.train.fingerprint, "held_out": held_out.fingerprint}
-        belongs_to(out, known | {"data": rows})
-        belongs_to(make_folder(made), {"plan": {**asdict(plan), "qconfig": qconfig.to_dict()}})
+        belongs_to(out, known)
+        belongs_to(make_folder(made), planned)
         if ms is not None:
             family_job.keep_latency(made, ms)
         start = job.start_model(source, dataset, tokenizer, out=out, settings=fp32)

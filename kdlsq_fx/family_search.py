@@ -167,7 +167,7 @@ def refuse_below(most: float, least: float, cost: str = "bytes") -> None:
         what = f"a budget of {asked} {unit} is below the smallest model, {enough} {unit}"
         do = f"ask for at least {enough} {unit}, "
         do += "allow narrower widths (--bits), " * (cost != "ms") + "or more blocks to be left out (--leave-out)"
-        do += "; times are measured once, in latency.json" * (cost == "ms")
+        do += "; times vary from run to run, so leave some room" * (cost == "ms")
         raise ConfigError(what, where=f"budget of {cost}", do=do)
 
 

@@ -21,6 +21,7 @@ from .run_int import ProgramError, unpack
 
 FORMAT = 1
 INFO = "kdlsq.json"
+SETTINGS = "settings.json"
 WEIGHTS = "model.safetensors"
 # how the names of a tokenizer's files begin
 TOKENIZER_FILES = ("tokenizer", "vocab", "special_tokens", "added_tokens", "merges", "spm", "spiece", "sentencepiece")
@@ -203,7 +204,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     raise CheckpointError(f"{folder} {what}", do=do)
 
 
-def belongs_to(folder: Path, options: Mapping[str, Any], name: str = "settings.json") -> None:
+def belongs_to(folder: Path, options: Mapping[str, Any], name: str = SETTINGS) -> None:
     """Write down the options that a folder's contents are made with, or hold them against those written down before.
 
     ConfigError where they differ: results of other options would be taken for those of these.

@@ -318,7 +318,17 @@ def preset(name: str) -> QConfig:
 
 
 def resolve(qconfig: str | Path | QConfig | Rule | Sequence[Rule]) -> QConfig:
-    """A QConfig from a preset's name, a path to a JSON file, rules, or a QConfig (returned as it is)."""
+    """A QConfig from a preset's name, a path to a JSON file, rules, or a QConfig (returned as it is). ConfigError for
+    what is none of these, and for one without rules."""
+    found = _resolve(qconfig)
+    if not found.rules:
+        do = "give a preset's name or rules; capture(model) is for the float graph"
+        where = str(qconfig) if isinstance(qconfig, (str, Path)) else "qconfig"
+        raise ConfigError("no rules: nothing would be quantized", where=where, do=do)
+    return found
+
+
+def _resolve(qconfig: str | Path | QConfig | Rule | Sequence[Rule]) -> QConfig:
     if isinstance(qconfig, QConfig):
         return qconfig
     if isinstance(qconfig, Rule):
@@ -335,9 +345,6 @@ def resolve(qconfig: str | Path | QConfig | Rule | Sequence[Rule]) -> QConfig:
     if isinstance(qconfig, str):
         return preset(qconfig)
     if isinstance(qconfig, (tuple, list)):
-        if not qconfig:
-            do = "give a preset's name or rules; capture(model) is for the float graph"
-            raise ConfigError("no rules: nothing would be quantized", where="qconfig", do=do)
         return QConfig(rules=tuple(qconfig), name="rules")
     raise ConfigError(
         f"{qconfig!r:.80} is no qconfig", do="give a preset's name, a tuple of Rules, a QConfig or a path"

@@ -118,8 +118,9 @@ def test_first_match_wins_and_own_rules_go_in_front():
         found = config.find(f"{LAYER}.output.dense/linear", "linear")
         assert found.spec("weight").bits == 2 and found.spec("act").bits == 8 and found.spec("bias") is None
     assert base.find("x/dropout", "dropout") is None
-    with pytest.raises(ConfigError, match="no rules"):
-        resolve([])
+    for empty in ([], QConfig(rules=())):
+        with pytest.raises(ConfigError, match="no rules"):
+            resolve(empty)
     assert base.find(*SITES[5]).spec("prob").signed is False
 
 
