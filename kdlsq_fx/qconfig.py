@@ -319,9 +319,9 @@ def preset(name: str) -> QConfig:
 
 def resolve(qconfig: str | Path | QConfig | Rule | Sequence[Rule]) -> QConfig:
     """A QConfig from a preset's name, a path to a JSON file, rules, or a QConfig (returned as it is). ConfigError for
-    what is none of these, and for one without rules."""
+    what is none of these, and for no rules, unless it is a QConfig that says so."""
     found = _resolve(qconfig)
-    if not found.rules:
+    if not found.rules and found is not qconfig:
         do = "give a preset's name or rules; capture(model) is for the float graph"
         where = str(qconfig) if isinstance(qconfig, (str, Path)) else "qconfig"
         raise ConfigError("no rules: nothing would be quantized", where=where, do=do)

@@ -109,6 +109,15 @@ def test_globs(glob, site, fits):
     assert site_matches(glob, site) is fits
 
 
+def test_no_rules_are_an_error_where_no_qconfig_says_so(tmp_path):
+    nothing = QConfig(rules=(), left_out=(0,))
+    (tmp_path / "none.json").write_text(nothing.to_json())
+    for empty in ([], (), tmp_path / "none.json"):
+        with pytest.raises(ConfigError, match="no rules"):
+            resolve(empty)
+    assert resolve(nothing) is nothing
+
+
 def test_first_match_wins_and_own_rules_go_in_front():
     base = preset("W2E2A8")
     own = Rule(site="**.layer.0.**", op="linear", weight=QSpec(bits=8), act=QSpec(bits=8))
@@ -118,9 +127,6 @@ def test_first_match_wins_and_own_rules_go_in_front():
         found = config.find(f"{LAYER}.output.dense/linear", "linear")
         assert found.spec("weight").bits == 2 and found.spec("act").bits == 8 and found.spec("bias") is None
     assert base.find("x/dropout", "dropout") is None
-    for empty in ([], QConfig(rules=())):
-        with pytest.raises(ConfigError, match="no rules"):
-            resolve(empty)
     assert base.find(*SITES[5]).spec("prob").signed is False
 
 
