@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from dataclasses import asdict, replace
 
-    from kdlsq_fx import data, family_job, job, opening
+    from kdlsq_fx import data, family_costs, family_job, job, opening
     from kdlsq_fx.files import SETTINGS, belongs_to, make_folder
     from kdlsq_fx.limits import check_fits
     from kdlsq_fx.qconfig import resolve
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         belongs_to(out, known)
         belongs_to(make_folder(made), planned)
         if ms is not None:
-            family_job.keep_latency(made, ms)
+            family_costs.keep_latency(made, ms)
         start = job.start_model(source, dataset, tokenizer, out=out, settings=fp32)
         task = family_job.Job(start, dataset, held_out, plan, made)
         return _look(task) if args.sensitivity else _write(task, budgets, tokenizer, limits)

@@ -15,11 +15,13 @@ from torch import fx
 from .depth import without
 from .family import Family, Member
 from .family_search import Array
+from .files import read_json, write_json
 from .graph import op_label, site_of
 from .op import op_of, tensor_args
 from .taps import shape_of
 
 PRODUCTS = ("matmul", "bmm")
+LATENCY = "latency.json"
 LENGTH = 128  # tokens of the text that both are told for
 
 
@@ -90,3 +92,19 @@ def run_in_turn(family: Family, members: Sequence[Member], model: torch.nn.Modul
         shape = Shape(1, min(LENGTH, family.student.most_tokens or LENGTH))
         batch: Any = {k: torch.from_numpy(v) for k, v in padded(shape, vocab=vocab).items()}
         return np.array(time_in_turn(runs, batch, seconds=seconds))
+
+
+def measure_latency(family: Family, model: torch.nn.Module) -> tuple[float, Array]:
+    """:func:`latency` under ONNX Runtime on this machine."""
+    return latency(family, lambda members: run_in_turn(family, members, model))
+
+
+def keep_latency(out: Path, ms: tuple[float, Array]) -> None:
+    """What :func:`latency` gave, as ``out/latency.json``."""
+    write_json(out / LATENCY, {"format": 1, "whole": ms[0], "blocks": ms[1].tolist()})
+
+
+def read_latency(out: Path) -> tuple[float, Array]:
+    """What :func:`keep_latency` wrote."""
+    known = read_json(out / LATENCY)
+    return known["whole"], np.asarray(known["blocks"], float)

@@ -30,7 +30,7 @@ from kdlsq_fx.errors import CheckpointError, ConfigError
 from kdlsq_fx.evaluation import evaluate
 from kdlsq_fx.family import WIDTHS, Family, Member, make_family
 from kdlsq_fx.family_choices import Choices, member_key, member_of
-from kdlsq_fx.family_costs import LENGTH, bit_operations, latency, run_in_turn
+from kdlsq_fx.family_costs import LATENCY, LENGTH, bit_operations, keep_latency, measure_latency, read_latency
 from kdlsq_fx.family_search import Tables, best, check_budgets, near, proposals, refuse_below, steps_from
 from kdlsq_fx.family_sizes import Sizes
 from kdlsq_fx.family_tables import Losses, make_tables, output_distances
@@ -39,7 +39,6 @@ from kdlsq_fx.train import fit
 from kdlsq_fx.watching import progress
 
 STATE = "model.safetensors"
-LATENCY = "latency.json"
 EVAL_ROWS = 64
 TERM = "output"  # what the search makes small: the distance of the outputs from the teacher's
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -129,7 +128,7 @@ class Job:
             self.family.eval()
             convert(self.family.student).save_pretrained(folder)
         if with_latency and not (self.out / LATENCY).is_file():
-            keep_latency(self.out, _measured(self.family, self.start))
+            keep_latency(self.out, measure_latency(self.family, self.start))
         ms = read_latency(self.out) if with_latency else None
         with self.losses() as losses:
             return make_tables(losses, term=TERM, folder=folder, ms=ms)
@@ -236,7 +235,7 @@ def check(
             refuse_below(budgets["bytes"], Sizes(family, Path(folder)).smallest())
     ms = None
     if "ms" in budgets:
-        whole, blocks = ms = read_latency(out) if (out / LATENCY).is_file() else _measured(family, model)
+        whole, blocks = ms = read_latency(out) if (out / LATENCY).is_file() else measure_latency(family, model)
         refuse_below(budgets["ms"], whole - float(np.sort(blocks)[::-1][: plan.leave_out].sum()), "ms")
     if "bitops" in budgets:
         work, rest, blocks = bit_operations(family, LENGTH)
@@ -244,21 +243,6 @@ def check(
         less = [float(narrow[owner == b].sum() + blocks[b]) for b in range(family.blocks)]
         refuse_below(budgets["bitops"], narrow.sum() + rest - sum(sorted(less)[::-1][: plan.leave_out]), "bitops")
     return ms
-
-
-def _measured(family: Family, model: torch.nn.Module) -> tuple[float, NDArray[np.float64]]:
-    return latency(family, lambda members: run_in_turn(family, members, model))
-
-
-def keep_latency(out: Path, ms: tuple[float, NDArray[np.float64]]) -> None:
-    """What :func:`latency` gave, as ``out/latency.json``."""
-    write_json(out / LATENCY, {"format": 1, "whole": ms[0], "blocks": ms[1].tolist()})
-
-
-def read_latency(out: Path) -> tuple[float, NDArray[np.float64]]:
-    """What :func:`keep_latency` wrote."""
-    known = read_json(out / LATENCY)
-    return known["whole"], np.asarray(known["blocks"], float)
 
 
 @dataclass(frozen=True)

@@ -174,11 +174,12 @@ def _demand(
         kind = "prob" if producer is not None and producer.signature.result == "prob" else "act"
         spec = None if _holds_codes(gm, behind_dropout(value)) else rule.spec(kind)
     elif kind == "wide" and (rule.wide is not None or rule.act is not None):
+        exact = _exact(value)
         many = value is not operand and _has_channel_scales(gm, value)
-        many |= on_grid and _exact(value) and not _holds_codes(gm, behind_dropout(value))
-        if _exact(value) and not many:
+        rounded = many or (on_grid and exact and not _holds_codes(gm, behind_dropout(value)))
+        if exact and not rounded:
             return None
-        is_wide = name == "add" or many
+        is_wide = name == "add" or rounded
         spec = rule.spec("wide") if is_wide and rule.wide else rule.spec("act") if rule.wide else None
         kind = "wide" if is_wide else "act"
     else:

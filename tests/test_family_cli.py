@@ -21,7 +21,7 @@ import torch
 from tiny_glue import write_model, write_sst
 
 import kdlsq_fx as kq
-from kdlsq_fx import data, family_job, family_tables, opening
+from kdlsq_fx import data, family_costs, family_job, family_tables, opening
 from kdlsq_fx.cli import main
 from kdlsq_fx.cli_parts import resumable
 from kdlsq_fx.cli_train import _qconfigs
@@ -129,7 +129,7 @@ def test_a_time_is_measured_once(made: tuple[Path, list[str], list[str]], tmp_pa
         asked.append(len(members))
         return np.array([[10.0, 9.0]]) if len(asked) == 1 else np.array([[12.0, 11.9]])
 
-    monkeypatch.setattr(family_job, "run_in_turn", in_turn)
+    monkeypatch.setattr(family_costs, "run_in_turn", in_turn)
     assert main(argv) == 0 and asked == [2]
     (row,) = json.loads((tmp_path / "members" / "table.json").read_text())["members"]
     assert row["ms"] == 9.0 and len(row["left_out"]) == 1
