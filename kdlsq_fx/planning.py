@@ -37,7 +37,7 @@ def plan_taps(
     * hidden: layer l of the student from layer map(l) of the teacher. Where the widths differ the student's value goes
       through a trained linear map, student width -> teacher width (TinyBERT's fit_dense).
     * attention: scores of block l from block map(l). With other numbers of heads they are left out: no head of one side
-      stands for a head of the other. Block l has none where map(l) = 0.
+      stands for a head of the other. Block l has none where map(l) has none: layer 0, or a convolution.
     * pooled: the mean of the last hidden state over each side's own tokens.
     * With another tokenizer tokens do not correspond: only pooled taps and the logits of whole sentences are left, and
       the teacher reads inputs of its own. What is left out stands in the plan's ``notes``.
@@ -93,7 +93,7 @@ class Network:
         side = Side(
             name=graph.model_class,
             hidden=tuple(site_of(n) for n in found.hidden),
-            attention=tuple(site_of(n) for n in found.attention),
+            attention={site_of(n): found.block_of(n) for n in found.attention},
             first=found.first,
             width=width_of(graph.gm, found.hidden[-1]) if found.hidden else 0,
             heads=heads_of(found.attention[-1]) if found.attention else 0,
@@ -106,9 +106,8 @@ class Network:
         return self.found.hidden[at] if 0 <= at < len(self.found.hidden) else None
 
     def attention_at(self, layer: int) -> tuple[fx.Node, ...]:
-        """The scores of a block; several where a block attends several times."""
-        each, rest = divmod(len(self.found.attention), max(self.side.layers, 1))
-        return () if rest or layer < 1 else self.found.attention[(layer - 1) * each : layer * each]
+        """The scores of a block, none where it does not attend, several where it attends several times."""
+        return tuple(n for n in self.found.attention if self.side.attention[site_of(n)] == layer)
 
     def pooled(self) -> fx.Node | None:
         """The last hidden state: the output of that name, else what leaves the last block."""
@@ -171,13 +170,14 @@ class Draft:
         if a.heads != b.heads:
             self.notes.append(f"attention taps left out: the student has {a.heads} heads, the teacher {b.heads}")
             return
-        found = [(self.ours.attention_at(x), self.theirs.attention_at(y)) for x, y in self.pairs if x]
-        if any(len(x) != len(y) for x, y in found if y):
+        found = {(x, y): (self.ours.attention_at(x), self.theirs.attention_at(y)) for x, y in self.pairs}
+        if any(len(x) != len(y) for x, y in found.values() if x and y):
             self.notes.append("attention taps left out: the blocks of the two attend unequally often")
             return
-        flat = [pair for x, y in found for pair in zip(x, y)]
-        if any(not y for _, y in found):
-            self.notes.append("attention left out at blocks that learn from layer 0, which has none")
+        flat = [pair for x, y in found.values() for pair in zip(x, y)]
+        alone = [f"{layers[0]}<-{layers[1]}" for layers, (x, y) in found.items() if x and not y]
+        if alone:
+            self.notes.append(f"attention left out at blocks that learn from a layer without any: {', '.join(alone)}")
         partners = self._partners([x for x, _ in flat], [y for _, y in flat])
         self.taps += [Tap(student=site_of(x), teacher=y, loss="attention") for (x, _), y in zip(flat, partners)]
 

@@ -20,28 +20,32 @@ PREFIX = "teacher_"  # of the teacher's own inputs in a batch: teacher_input_ids
 @dataclass(frozen=True, kw_only=True)
 class Side:
     """What a plan knows of one network. ``hidden[i]`` is the site of layer ``first + i`` (layer 0 enters the first
-    block, layer l leaves the l-th), ``attention`` the pre-softmax sites in order; 0 where nothing is known."""
+    block, layer l leaves the l-th), ``attention`` the pre-softmax sites, each with the block that it stands in, counted
+    from 1; 0 where nothing is known."""
 
     name: str = ""
     hidden: tuple[str, ...] = ()
-    attention: tuple[str, ...] = ()
+    attention: Mapping[str, int] = field(default_factory=dict)
     first: int = 0
     width: int = 0
     heads: int = 0
     vocabulary: int = 0
 
+    def __post_init__(self) -> None:
+        for site, block in self.attention.items():
+            if type(block) is not int or block < 1:
+                raise ConfigError(f"attention in block {block!r}", where=site, do="count blocks from 1")
+
     @property
     def layers(self) -> int:
         """Number of blocks."""
-        return self.first + len(self.hidden) - 1 if self.hidden else len(self.attention)
+        return self.first + len(self.hidden) - 1 if self.hidden else max(self.attention.values(), default=0)
 
     def layer_of(self, site: str) -> int | None:
         """The layer that a site is tapped at; None for other sites."""
         if site in self.hidden:
             return self.first + self.hidden.index(site)
-        if site in self.attention and self.layers:
-            return self.attention.index(site) * self.layers // len(self.attention) + 1
-        return None
+        return self.attention.get(site)
 
     def __str__(self) -> str:
         known = {"layers": self.layers, "wide": self.width, "heads": self.heads, "token ids": self.vocabulary}
@@ -212,7 +216,7 @@ def _read(cls: type, data: Any, what: str, where: str) -> Any:
     _refuse_unknown(data, cls, what, where)
     made = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     for f in fields(cls):
-        kind = {"str": str, "int": int, "TapLoss": str}.get(str(f.type), tuple)
+        kind = {"str": str, "int": int, "TapLoss": str, "Mapping[str, int]": dict}.get(str(f.type), tuple)
         if f.name in made and not isinstance(made[f.name], kind):
             raise ConfigError(f"{what}: {f.name} is {made[f.name]!r}", where=where, do=f"write a {kind.__name__}")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -59,6 +60,13 @@ class Found:
     attention: tuple[fx.Node, ...]
     first: int = 0
 
+    def block_of(self, scores: fx.Node) -> int:
+        """The block that scores are made in, counted from 1: the one behind the last hidden state before them."""
+        if not self.hidden:
+            return self.attention.index(scores) + 1
+        order = {n: i for i, n in enumerate(scores.graph.nodes)}
+        return self.first + sum(order[n] < order[scores] for n in self.hidden)
+
     def of(self, loss: str) -> tuple[fx.Node, ...]:
         return self.hidden if loss == "hidden" else self.attention
 
@@ -71,12 +79,15 @@ class Found:
 def find_taps(gm: fx.GraphModule) -> Found:
     """Hidden states and attention scores of a graph of any architecture, by module path and structure.
 
-    Attention: the operand of a softmax over the last dimension of a (batch, heads, query, key) value. A block is the
-    call of the innermost ``X.<number>`` module around such a softmax (ALBERT calls one module several times; each call
-    counts); without attention, of the outermost one. Its hidden state is the last float value that leaves it. Where no
-    path names a block the data flow does (:func:`kdlsq_fx.blocks.states_between_blocks`).
+    Attention: the operand of a softmax over the last dimension of a (batch, heads, query, key) value, that dimension
+    being as long as the text where there is an ``attention_mask`` (the kernels of a dynamic convolution are not). A
+    block is the call of a member ``X.<number>`` of the list that has such softmaxes in the most members, the innermost
+    of several (ALBERT calls one module several times; each call counts); members without attention are blocks too.
+    Without any attention it is a member of an outermost list. Its hidden state is the last float value that leaves
+    it. Where no path names a block the data flow does (:func:`kdlsq_fx.blocks.states_between_blocks`).
     """
-    softmaxes = [n for n in gm.graph.nodes if _is_attention(n)]
+    length = mask_shape(gm)[1:2]
+    softmaxes = [n for n in gm.graph.nodes if _is_attention(n, length)]
     scores = tuple(_producer(tensor_args(n)[0]) for n in softmaxes)
     if softmaxes and not any(member_calls(n) for n in softmaxes):
         return Found(tuple(states_between_blocks(gm, softmaxes)), scores)
@@ -160,11 +171,14 @@ def _producer(node: fx.Node) -> fx.Node:
     return node
 
 
-def _is_attention(node: fx.Node) -> bool:
+def _is_attention(node: fx.Node, length: tuple[Any, ...]) -> bool:
+    """Whether a node is a softmax over keys; ``length``: that of the texts, () where it is not known."""
     if "softmax" not in _name(node) or _name(node).startswith("log"):
         return False
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dim() != 4:
+        return False
+    if length and str(value.shape[-1]) != str(length[0]):
         return False
     dim = node.args[1] if len(node.args) > 1 and isinstance(node.args[1], int) else node.kwargs.get("dim", -1)
     return dim in (-1, 3) or _name(node) == "masked_softmax"
@@ -175,23 +189,32 @@ def member_calls(node: fx.Node) -> list[str]:
 
     A member that is entered by a method other than its call shows in the paths of its children only (SqueezeBERT).
     """
-    found: list[str] = []
+    found: dict[str, str] = {}
     for key, (path, *_) in node.meta.get("nn_module_stack", {}).items():
-        member = re.match(r"(.*\.)?\d+(?=\.|$)", str(path).partition("@")[0])
-        if member:
-            found.append(member.group() + "".join(str(key).partition("@")[1:]))
-    return list(dict.fromkeys(found))
+        whole = str(path).partition("@")[0]
+        member = re.match(r"(.*\.)?\d+(?=\.|$)", whole)
+        if member and (member.group() == whole or member.group() not in found):
+            repeat = "".join(str(key).partition("@")[1:]) if member.group() == whole else ""
+            found[member.group()] = member.group() + repeat
+    return list(found.values())
 
 
 def _blocks(graph: fx.Graph, softmaxes: list[fx.Node]) -> list[list[fx.Node]]:
     """The nodes of each repeated block, in order."""
+    members = {n: member_calls(n) for n in graph.nodes}
     if softmaxes:
-        keys = [member_calls(n)[-1] for n in softmaxes if member_calls(n)]
-        members = {n: member_calls(n) for n in graph.nodes}
+        holders = Counter(_list_of(c) for c in {c for n in softmaxes for c in members[n]})
+        around = [[_list_of(c) for c in reversed(members[n])] for n in softmaxes]
+        lists = {max(found, key=holders.__getitem__) for found in around if found}
     else:
-        members = {n: member_calls(n)[:1] for n in graph.nodes}
-        keys = [c for calls in members.values() for c in calls]
-    return [[n for n in graph.nodes if key in members[n]] for key in dict.fromkeys(keys)]
+        lists = {_list_of(calls[0]) for calls in members.values() if calls}
+    blocks = dict.fromkeys(c for calls in members.values() for c in calls if _list_of(c) in lists)
+    return [[n for n in graph.nodes if call in members[n]] for call in blocks]
+
+
+def _list_of(call: str) -> str:
+    """The list that a call's module is a member of: its path without the number."""
+    return call.partition("@")[0].rstrip("0123456789")
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:

@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 def test_every_family_without_its_module_paths(family: str) -> None:
     gm = capture(tiny(family, "Model", **({"n_layers": 3} if family == "distilbert" else {"num_hidden_layers": 3}))).gm
     named = find_taps(gm)
-    softmaxes = [n for n in gm.graph.nodes if _is_attention(n)]
+    softmaxes = [n for n in gm.graph.nodes if _is_attention(n, ())]
     found = states_between_blocks(gm, softmaxes)
     assert [site_of(n) for n in found] == [site_of(n) for n in named.hidden]
     for node in gm.graph.nodes:

@@ -23,9 +23,11 @@ from kdlsq_fx.backends.onnx_integer import OnnxIntegerCodes
 from kdlsq_fx.calibration import calibrate, param_groups
 from kdlsq_fx.capture import capture
 from kdlsq_fx.comparison import compare
+from kdlsq_fx.depth import without
 from kdlsq_fx.errors import ConfigError, LoweringError, VerifyError
 from kdlsq_fx.op import BY_NAME
 from kdlsq_fx.ops.integer import int_linear, int_mul, numpy_int_mul
+from kdlsq_fx.planning import plan_taps
 from kdlsq_fx.qconfig import QSpec, Rule
 from kdlsq_fx.verify import verify
 
@@ -237,6 +239,33 @@ def test_the_published_order() -> None:
     kinds = {DynamicConvolution: "0", SelfAttention: "1", FeedForward: "2"}
     layers = lv_bert(PUBLISHED_ORDER).layers
     assert "".join(kinds[type(layer.inner)] for layer in layers) == PUBLISHED_ORDER  # type: ignore[index, arg-type]
+
+
+def test_every_sub_layer_is_a_block_and_only_attention_attends() -> None:
+    """The kernels of a dynamic convolution come from a softmax too, but weigh no tokens."""
+    found = plan_taps(lv_bert("1021"), lv_bert("1221"), layer_map="uniform")
+    assert found.student.hidden == ("embeddings.project/linear", *(f"layers.{i}.norm/layer_norm" for i in range(4)))
+    assert found.student.attention == {"layers.0.inner/add": 1, "layers.3.inner/add": 4}
+    assert [t.loss for t in found.taps] == ["hidden"] * 5 + ["attention"] * 2 and not found.notes
+    other = plan_taps(lv_bert("1012"), lv_bert("1201"))
+    assert [t.student for t in other.taps if t.loss == "attention"] == ["layers.0.inner/add"]
+    assert other.notes == ("attention left out at blocks that learn from a layer without any: 3<-3",)
+
+
+@pytest.mark.parametrize("gone", range(4))
+def test_any_sub_layer_can_be_left_out(gone: int) -> None:
+    """What is left computes what a model of the shorter order does with the same weights."""
+    order = "0122"
+    whole, short = lv_bert(order), lv_bert(order[:gone] + order[gone + 1 :])
+    kept = [i for i in range(4) if i != gone]
+    weights = {k: v for k, v in whole.state_dict().items() if not k.startswith("layers.")}
+    for i, layer in enumerate(kept):
+        weights |= {f"layers.{i}.{k}": v for k, v in whole.layers[layer].state_dict().items()}
+    short.load_state_dict(weights)
+    data = example_inputs(whole.config)
+    graph = without(capture(whole, data).gm, (gone,))
+    with torch.no_grad():
+        assert torch.equal(graph(*data.values())[0], short(**data))
 
 
 @pytest.mark.parametrize(

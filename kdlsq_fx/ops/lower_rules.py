@@ -243,11 +243,11 @@ def _masked(lowering: Lowering, node: fx.Node, value: QValue, there: fx.Node) ->
 
 
 def _scaled(value: QValue, factor: Array, axis: int | None, is_div: bool) -> QValue:
+    if factor.ndim and (value.rows is not None or _from_end(value).axis not in (None, axis)):
+        raise StaysFloat("it scales every channel of an operand whose scales belong to another dimension")
     scale = value.scale / factor if is_div else value.scale * factor
     if factor.ndim == 0:
         return replace(value, scale=scale, codes=None)
-    if value.rows is not None or _from_end(value).axis not in (None, axis):
-        raise StaysFloat("it scales every channel of an operand whose scales belong to another dimension")
     return replace(value, scale=scale, axis=axis, codes=None)
 
 
