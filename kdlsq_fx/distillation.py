@@ -21,6 +21,7 @@ from .kd_setup import check_options, check_outputs, check_plan
 from .kd_targets import (
     Targets,
     Teacher,
+    Wanted,
     axes_handed,
     frozen_teacher,
     separator_of,
@@ -112,6 +113,7 @@ class Distiller(nn.Module):
         labels, inputs = self.student.split(*args, **kwargs)
         weights = self._weights_now()
         wanted = self.targets.wanted({**kwargs, **more}, inputs)
+        _check_rows(wanted, next(iter(inputs.values())).shape[0])
         flat, values = self._unregistered[1](*(inputs[n] for n in self.student.input_names))
         fields = dict(zip(output_names(self.student), flat))
         weight = token_weight(inputs, self.loss.padding)
@@ -280,6 +282,14 @@ def distill(
     own = [PREFIX + n for n in frozen.input_names] if plan.teacher_inputs == "own" else []
     targets = Teacher(frozen, plan, chosen, checked=not own and frozen.covers(qat))
     return _signed(qat, *own)(qat, targets, plan, weights, chosen)
+
+
+def _check_rows(wanted: Wanted, rows: int) -> None:
+    """InputError where the teacher's side has not a row for each of the student's."""
+    for value in (*(kept.values for kept in wanted.taps), *wanted.outputs.values()):
+        if value.shape[:1] != (rows,):
+            what = f"the student reads {rows} rows, the teacher's side has shape {tuple(value.shape)}"
+            raise InputError(what, do="give both sides the same rows")
 
 
 def _from_cache(

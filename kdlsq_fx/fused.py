@@ -141,6 +141,8 @@ def bias_grid(bias: Tensor, x: Parts, w: Parts) -> Tensor | None:
 
 def squares_fit(student: Tensor, teacher: Tensor, keep: Tensor | None) -> bool:
     """Whether a kernel serves for the masked squares of these."""
+    if student.shape != teacher.shape:
+        return False
     tensors = [t for t in (student, teacher, keep) if t is not None]
     if any(type(t) is not Tensor or t.device != student.device for t in tensors) or student.numel() == 0:
         return False

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .data import Encoded
+from .depth import count_blocks
 from .errors import CheckpointError, ConfigError, InputError
 from .files import checksum, read_json
 from .kd_fields import Array, Field, decode, kept_tokens
@@ -37,9 +38,11 @@ FIXED = ("padding", "compress")  # of the loss: what is stored hangs on them
 
 @dataclass(frozen=True)
 class Numbered:
-    """A data set whose batches carry ``example_id``, the rows' numbers; :func:`kdlsq_fx.train.fit` takes it."""
+    """A data set whose batches carry ``example_id``, the rows' numbers; :func:`kdlsq_fx.train.fit` takes it. ``cache``:
+    the fingerprint of the targets beside the rows."""
 
     data: Encoded
+    cache: str
 
     def order(self, *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
         return self.data.order(batch_size=batch_size, seed=seed, epoch=epoch)
@@ -50,7 +53,8 @@ class Numbered:
 
     @property
     def fingerprint(self) -> str:
-        return self.data.fingerprint
+        """Of the rows and of the targets: a run is not continued on those of another teacher."""
+        return f"{self.data.fingerprint}-{self.cache}"
 
 
 class Cache:
@@ -68,6 +72,11 @@ class Cache:
         self._shard = lru_cache(maxsize=OPEN)(self._open_shard)
         self._verified: set[int] = set()
 
+    @property
+    def fingerprint(self) -> str:
+        """Of what it was made for and of what every shard holds."""
+        return hashlib.sha256(json.dumps(self.index, sort_keys=True).encode()).hexdigest()[:16]
+
     @classmethod
     def open(cls, path: str | Path) -> Cache:
         """A finished cache. CheckpointError where it is not there, not finished, or a shard is missing or cut short;
@@ -79,10 +88,18 @@ class Cache:
         index = read_json(folder / INDEX)
         if index.get("kind") != "distillation cache":
             raise CheckpointError("the folder holds no distillation cache", where=str(folder), do="kdlsq-fx cache")
-        cache = cls(folder, index)
-        missing = math.ceil(cache.rows / index["rows_per_shard"]) - len(index["shards"])
+        try:
+            cache = cls(folder, index)
+            count = math.ceil(cache.rows / index["rows_per_shard"])
+            missing = sorted({shard_name(i) for i in range(count)} - {s["file"] for s in index["shards"]})
+            if len(index["shards"]) > count:
+                raise ValueError(f"{len(index['shards'])} shards where {count} hold all rows")
+        except (KeyError, TypeError, ValueError) as err:
+            told = f"the entry {err} is missing" if isinstance(err, KeyError) else str(err)
+            do = "copy the folder again, or remove it and run kdlsq-fx cache"
+            raise CheckpointError(f"{INDEX} is damaged: {told}", where=str(folder), do=do) from None
         if missing:
-            what = f"the cache is not finished: {missing} shards are missing"
+            what = f"the cache is not finished: {len(missing)} of {count} shards are missing, the first {missing[0]}"
             raise CheckpointError(what, where=str(folder), do="run the same kdlsq-fx cache again, it goes on")
         for shard in index["shards"]:
             file = folder / shard["file"]
@@ -111,21 +128,27 @@ class Cache:
             what = "the cache was made with another tokenizer"
             raise InputError(what, where=str(self.folder), do="use that one, or make another cache")
         if data.fingerprint != self.index["data"] or len(data) != self.rows:
-            what = f"the cache was made for another data set ({self.rows} rows; this one has {len(data)})"
-            do = "use the same rows, order and max_length, or make another cache"
-            raise InputError(what, where=str(self.folder), do=do)
-        return Numbered(data)
+            same = f"both have {self.rows} rows, but tokens, lengths or labels differ"
+            told = same if len(data) == self.rows else f"it has {self.rows} rows, this one {len(data)}"
+            do = "use the same rows in the same order, max_length and labels, or make another cache"
+            raise InputError(f"the cache was made for another data set: {told}", where=str(self.folder), do=do)
+        return Numbered(data, self.fingerprint)
 
     def loss_with(self, changes: dict[str, Any]) -> Loss:
         """The loss it was made for, with other weights, temperature or schedule; ConfigError for what is stored."""
-        fixed = [k for k, v in changes.items() if k in FIXED and v != getattr(self.loss, k)]
+        changed = self.loss.changed(changes)
+        fixed = [k for k in FIXED if getattr(changed, k) != getattr(self.loss, k)]
         if fixed:
             what = f"{fixed[0]} was fixed when the cache was made"
             raise ConfigError(what, where=str(self.folder), do="leave it away, or make another cache")
-        return self.loss.changed(changes)
+        return changed
 
     def check(self, qat: QuantModel, weights: dict[str, float]) -> None:
-        """ConfigError where the student has not the cache's sites, or a term needs what is not stored."""
+        """ConfigError where the student is not the one it was made for, or a term needs what is not stored."""
+        made_for, blocks = self.plan.student.layers, count_blocks(qat.gm)
+        if made_for and blocks and made_for != blocks:
+            what = f"the cache was made for a student of {made_for} layers, this one has {blocks}"
+            raise ConfigError(what, where=str(self.folder), do="make a cache for this student")
         stored = {t.loss for t in self.plan.taps} | {"gold"}
         stored |= {"logits" for k in self.fields if k.endswith("logits")}
         for term in TERMS:
@@ -150,8 +173,8 @@ class Cache:
         both = {**inputs, **{k: v for k, v in given.items() if v is not None}}  # the caller's lie on the host
         ids = both["input_ids"].cpu().numpy()
         mask = both["attention_mask"].cpu().numpy() != 0 if "attention_mask" in both else np.ones(ids.shape, bool)
-        numbers = given["example_id"].tolist()
-        rows = [self._row(int(i)) for i in numbers]
+        numbers = _numbers(given["example_id"], len(ids))
+        rows = [self._row(i) for i in numbers]
         for number, row, tokens, real in zip(numbers, rows, ids, mask):
             if int(row["crc"]) != token_hash(tokens[real]):
                 what = f"example {number} has other tokens than the one the cache was made for"
@@ -197,6 +220,19 @@ class Cache:
         tokens = kept_tokens(lengths, self.loss.compress)
         starts = {n: np.concatenate([[0], np.cumsum(f.sizes(lengths, tokens))]) for n, f in self.fields.items()}
         return flat, starts, lengths, tokens
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def _numbers(given: Any, rows: int) -> list[int]:
+    """The rows' numbers of a batch; InputError where they are not one whole number for each of its rows."""
+    if not isinstance(given, torch.Tensor) or given.is_floating_point() or given.shape != (rows,):
+        found = f"{tuple(given.shape)} {given.dtype}" if isinstance(given, torch.Tensor) else type(given).__name__
+        what = f"example_id is {found}, the batch has {rows} rows"
+        raise InputError(what, do=f"give an integer tensor of shape ({rows},): the number of each row in the data set")
+    return [int(i) for i in given.tolist()]
 
 
 def token_hash(ids: Array | Sequence[int]) -> int:

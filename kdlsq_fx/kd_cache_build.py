@@ -19,7 +19,7 @@ from .data import Encoded
 from .distillation import Distiller
 from .errors import CheckpointError, ConfigError, InputError
 from .files import FORMAT, checksum, differences, make_folder, read_json, write_atomic, write_json
-from .kd_cache import INDEX, Cache, token_hash, tokenizer_hash
+from .kd_cache import INDEX, Cache, shard_name, token_hash, tokenizer_hash
 from .kd_fields import STORES, Array, Field, encode, fields_of, kept_tokens
 from .kd_targets import Teacher, Wanted
 from .tap_plan import PREFIX
@@ -39,14 +39,15 @@ def build_cache(
 ) -> Cache:
     """Run the teacher of ``kd`` over every row of ``data`` and store the targets of ``kd``'s loss.
 
-    A run that was stopped goes on behind its last whole shard. ``store``: how hidden states and attention scores are
+    A run that was stopped, or whose shards were damaged or lost, makes those that
+    are missing. ``store``: how hidden states and attention scores are
     stored, ``"fp16"`` (relative error 2**-11), ``"fp32"`` or ``"int8"`` (each vector its largest magnitude / 127);
     outputs are float32 in any case. ``tokenizer``: its vocabulary is written down, to be told from another's.
 
     Raises:
         ConfigError: the loss cannot be stored: padding counts in it, or the choice of features depends on the batch.
         CheckpointError: the folder holds another cache, or cannot be written.
-        InputError: a value is too large for float16.
+        InputError: a value is not finite, or too large for float16.
     """
     teacher = kd.targets
     if not isinstance(teacher, Teacher):
@@ -84,7 +85,7 @@ def _index(
         "rows": len(data),
         "data": data.fingerprint,
         "tokenizer": "" if tokenizer is None else tokenizer_hash(tokenizer),
-        "teacher": _weights_hash(teacher),
+        "teacher": _hash_of(teacher),
         "loss": kd.loss.changed(kd.weights).to_dict(),  # without terms that this model has not
         "plan": json.loads(json.dumps(kd.plan.to_dict())),  # as it is read back: lists for tuples
         "widths": [_width(v.values, a if v.positions is None else (1,)) for v, a in zip(probe.taps, teacher.axes)],
@@ -99,8 +100,9 @@ def _width(value: torch.Tensor, axes: tuple[int, ...]) -> int:
     return int([n for i, n in enumerate(value.shape) if i not in axes][-1])
 
 
-def _weights_hash(teacher: Teacher) -> str:
-    digest = hashlib.sha256()
+def _hash_of(teacher: Teacher) -> str:
+    """Of what the teacher computes and of its weights."""
+    digest = hashlib.sha256(teacher.model.gm.code.encode())
     for name, value in sorted(teacher.model.gm.state_dict().items()):
         if isinstance(value, torch.Tensor):
             digest.update(name.encode())
@@ -119,9 +121,8 @@ def _finished(folder: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
     whole: list[dict[str, Any]] = []
     for shard in before["shards"]:
         path = folder / shard["file"]
-        if not path.is_file() or checksum(path) != shard["sha256"]:
-            break
-        whole.append(shard)
+        if path.is_file() and checksum(path) == shard["sha256"]:
+            whole.append(shard)
     return whole
 
 
@@ -131,13 +132,13 @@ def _write_shards(
     """The shards that are missing; the index names a shard as soon as it is whole."""
     size, total = index["rows_per_shard"], len(data)
     fields = [Field(name, f["dtype"], tuple(f["shape"])) for name, f in index["fields"].items()]
-    done = len(index["shards"])
+    done = {s["file"] for s in index["shards"]}
+    initial = sum(s["rows"] for s in index["shards"])
     bar = tqdm(
-        total=total, initial=min(done * size, total), desc="cache", unit="row", disable=not sys.stderr.isatty(),
-        dynamic_ncols=True,
-    )  # fmt: skip
+        total=total, initial=initial, desc="cache", unit="row", disable=not sys.stderr.isatty(), dynamic_ncols=True
+    )
     with bar:
-        for at in range(done, -(-total // size)):
+        for at in (n for n in range(-(-total // size)) if shard_name(n) not in done):
             numbers = np.arange(at * size, min((at + 1) * size, total))
             rows: dict[int, dict[str, Array]] = {}
             for batch in _by_length(data, numbers, batch_size):
@@ -145,12 +146,13 @@ def _write_shards(
                 lengths = data.lengths[batch]
                 rows |= zip(batch.tolist(), encode(targets, teacher.axes, lengths, index["store"], kd.loss.compress))
                 bar.update(len(batch))
-            path = folder / f"shard-{at:05d}.safetensors"
+            path = folder / shard_name(at)
             arrays = _joined([rows[i] for i in numbers.tolist()], fields, data, numbers)
             write_atomic(path, lambda name, arrays=arrays: save_file(arrays, name))  # type: ignore[misc]
             index["shards"].append({
                 "file": path.name, "rows": len(numbers), "bytes": path.stat().st_size, "sha256": checksum(path),
             })  # fmt: skip
+            index["shards"].sort(key=lambda s: s["file"])
             write_json(folder / INDEX, index)
 
 

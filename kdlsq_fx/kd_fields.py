@@ -86,7 +86,8 @@ def _valued(name: str, store: str, shape: tuple[int | str, ...]) -> list[Field]:
 def encode(
     wanted: Wanted, axes: Sequence[tuple[int, ...]], lengths: Array, store: str, compress: Compression | None
 ) -> list[dict[str, Array]]:
-    """Targets of a batch padded on the right -> each row's fields, without padding. InputError where fp16 overflows."""
+    """Targets of a batch padded on the right -> each row's fields, without padding. InputError for a value that is not
+    finite, and where fp16 overflows."""
     counts = kept_tokens(lengths, compress)
     rows: list[dict[str, Array]] = [{} for _ in lengths]
     for i, (kept, along) in enumerate(zip(wanted.taps, axes)):
@@ -111,7 +112,7 @@ def encode(
     for key, output in wanted.outputs.items():
         cut = bool(output_axes(key, output))
         for row, value, n in zip(rows, output.float().cpu().numpy(), lengths):
-            row[key] = value[:n] if cut else value
+            row[key] = _finite(key, value[:n] if cut else value)
     return rows
 
 
@@ -122,7 +123,16 @@ def _feature_numbers(mask: torch.Tensor | None, count: int) -> Array | None:
     return mask.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :count].cpu().numpy()
 
 
+def _finite(name: str, value: Array, *, masked: bool = False) -> Array:
+    """The value itself; InputError for NaN and infinities. ``masked``: -inf may stand in it (scores under a mask)."""
+    if not (value < np.inf if masked else np.isfinite(value)).all():
+        do = "look at what the teacher says of this data; only fp32 stores scores of -inf"
+        raise InputError(f"the teacher's value at {name} is not finite", where=name, do=do)
+    return value
+
+
 def _packed(name: str, value: Array, store: str) -> dict[str, Array]:
+    _finite(name, value, masked=store == "fp32")
     if store == "int8":
         scale = np.abs(value).max(-1) / 127 if value.size else np.zeros(value.shape[:-1], np.float32)
         codes = np.rint(value / np.maximum(scale, np.finfo(np.float32).tiny)[..., None])

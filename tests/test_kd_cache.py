@@ -15,11 +15,11 @@ from families import tiny
 from test_distillation import float_student
 
 import kdlsq_fx as kq
-from kdlsq_fx import kd_cache_build, train
+from kdlsq_fx import fused, kd_cache_build, train
 from kdlsq_fx.compression import Compression
 from kdlsq_fx.data import Encoded
 from kdlsq_fx.distillation import Distiller, distill
-from kdlsq_fx.errors import CheckpointError, ConfigError, InputError
+from kdlsq_fx.errors import CheckpointError, ConfigError, InputError, TrainingError
 from kdlsq_fx.kd_cache import Cache
 from kdlsq_fx.kd_cache_build import build_cache
 from kdlsq_fx.model import QuantModel
@@ -175,8 +175,20 @@ def test_damage_is_told(tmp_path: Path) -> None:
     path.write_bytes(good[:-1])
     with pytest.raises(CheckpointError, match="cut short"):
         Cache.open(tmp_path)
-    build_cache(kd, rows, tmp_path, shard_bytes=2000)  # makes the bad one again
-    assert path.read_bytes() == good
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))  # of the right size
+    others = {p: p.stat().st_mtime_ns for p in tmp_path.glob("shard-*") if p != path}
+    build_cache(kd, rows, tmp_path, shard_bytes=2000)  # makes the bad one again, and no other
+    assert path.read_bytes() == good and len(others) > 2
+    assert all(p.stat().st_mtime_ns == t for p, t in others.items())
+    index = json.loads((tmp_path / "cache.json").read_text())
+    for wrong, told in (
+        ({k: v for k, v in index.items() if k != "plan"}, "the entry 'plan' is missing"),
+        (index | {"shards": [*index["shards"], index["shards"][0]]}, "shards where"),
+        (index | {"shards": index["shards"][1:]}, "the first shard-00000"),
+    ):
+        (tmp_path / "cache.json").write_text(json.dumps(wrong))
+        with pytest.raises(CheckpointError, match=told):
+            Cache.open(tmp_path)
     with pytest.raises(CheckpointError, match="no distillation cache there"):
         Cache.open(tmp_path / "nothing")
 
@@ -188,12 +200,17 @@ def test_other_data_and_other_plans_are_refused(tmp_path: Path) -> None:
         cache.source(data(seed=1))
     with pytest.raises(InputError, match="another data set"):
         cache.source(rows.head(20))
+    with pytest.raises(InputError, match="both have 30 rows, but tokens, lengths or labels differ"):
+        cache.source(replace(rows, labels=1 - rows.labels))  # type: ignore[operator]
     with pytest.raises(CheckpointError, match="another data"):
         build_cache(kd, data(seed=1), tmp_path)
     with pytest.raises(CheckpointError, match="another .*loss"):
         build_cache(live(loss="hsk", compress=replace(HSK, length=2), schedule="joint"), rows, tmp_path)
     with pytest.raises(CheckpointError, match="another teacher"):
         other = distill(models()[0], tiny("bert", seed=7), **PLANS["hsk"])
+        build_cache(other, rows, tmp_path)
+    with pytest.raises(CheckpointError, match="another teacher"):  # the same weights, another function of them
+        other = distill(models()[0], tiny("bert", seed=1, hidden_act="relu"), **PLANS["hsk"])
         build_cache(other, rows, tmp_path)
     student = distill(kd.student, cache=cache)
     with pytest.raises(InputError, match="no example_id"):
@@ -202,6 +219,11 @@ def test_other_data_and_other_plans_are_refused(tmp_path: Path) -> None:
         student(**rows.batch([4]), example_id=torch.tensor([3]))
     with pytest.raises(InputError, match="examples 0 to 29"):
         student(**rows.batch([4]), example_id=torch.tensor([30]))
+    for ids in (torch.tensor([4]), torch.tensor([[4], [5]]), torch.tensor([4.0, 5.0]), [4, 5]):
+        with pytest.raises(InputError, match="example_id is .*, the batch has 2 rows"):
+            student(**rows.batch([4, 5]), example_id=ids)
+    with pytest.raises(ConfigError, match="a student of 2 layers, this one has 3"):
+        distill(float_student(tiny("bert", num_hidden_layers=3)), cache=cache)
     with pytest.raises(ConfigError, match="compress was fixed"):
         distill(kd.student, cache=cache, compress="2t")
     with pytest.raises(ConfigError, match="attention has a weight"):
@@ -230,6 +252,46 @@ def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="65504"):
         build_cache(kd, rows, tmp_path / "d")
     assert build_cache(kd, rows, tmp_path / "e", store="int8").rows == 30
+    with torch.no_grad():
+        big.bert.encoder.layer[1].output.LayerNorm.weight[3] = float("nan")  # type: ignore[union-attr,index]
+    kd = distill(models()[0], big, **PLANS["hsk"])
+    for store in EXACT:
+        with pytest.raises(InputError, match="tap0 is not finite"):
+            build_cache(kd, rows, tmp_path / store, store=store)
+
+
+def test_a_run_is_not_continued_on_the_targets_of_another_teacher(tmp_path: Path) -> None:
+    rows = data()
+    student = models()[0]
+    for seed in (1, 2):
+        kd = distill(student, tiny("bert", seed=seed), **PLANS["hsk"])
+        build_cache(kd, rows, tmp_path / str(seed))
+    options = {"steps": 2, "lr": 1e-5, "batch_size": 8}
+    for name in ("1", "2"):
+        copy = float_student(tiny("bert"))
+        cache = Cache.open(tmp_path / name)
+        run = {"out_dir": tmp_path / "run", **options}
+        if name == "1":
+            train.fit(distill(copy, cache=cache), cache.source(rows), **run)
+        else:
+            with pytest.raises(TrainingError, match="data"):
+                train.fit(distill(copy, cache=cache), cache.source(rows), **run)
+
+
+def test_both_sides_need_the_same_rows() -> None:
+    """Values of one row would stretch over all of a batch, and a kernel would read past their end."""
+    kd, rows = live(), data()
+
+    class Short:
+        def wanted(self, given: dict[str, Any], inputs: dict[str, torch.Tensor]) -> Any:
+            first = {k: v[:1] for k, v in inputs.items()}
+            return targets.wanted({}, first)
+
+    targets = kd.targets
+    kd.targets = Short()  # type: ignore[assignment]
+    with pytest.raises(InputError, match="reads 4 rows, the teacher's side has shape .1, "):
+        kd(**rows.batch(np.arange(4)))
+    assert not fused.squares_fit(torch.zeros(4, 8, 16), torch.zeros(1, 8, 16), None)
 
 
 def test_bytes_at_the_papers_size_stay_below_five_kilobytes(tmp_path: Path) -> None:

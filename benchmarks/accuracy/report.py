@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import run
 import trial
+from intervals import DRAWS, Resamples, headlines
 
-from kdlsq_fx import data, metrics, rows
+from kdlsq_fx import data, rows
+from kdlsq_fx.qconfig import resolve
 
 DOCS = run.HERE.parents[1] / "docs"
-DRAWS = 400
 PAIRS = (
     ("kdlsq-lsq", "lsq"),
     ("kdlsq", "clip"),
@@ -28,6 +29,8 @@ PAIRS = (
 )
 BEST = "KDLSQ, LSQ step, other tasks' texts, 2.5 x steps"
 
+SURE = 3  # seeds from which on a difference is called better or worse without naming how many there are
+
 Key = tuple[str, str, int, int]  # task, row, bits, seed
 
 
@@ -36,6 +39,7 @@ def write(folder: Path) -> None:
     runs = {(r["task"], r["row"], r["bits"], r["seed"]): r for r in _read() if not r["swept"]}
     labels = {task: _labels(folder, task) for task in sorted({k[0] for k in runs} - {"squad"})}
     labels |= {k[0]: np.zeros(len(r["predictions"])) for k, r in runs.items() if k[0] == "squad"}
+    drawn = Resamples(runs, labels)
     text = [
         "# KDLSQ, LSQ, Q8BERT and TernaryBERT on MiniLM",
         "",
@@ -44,10 +48,11 @@ def write(folder: Path) -> None:
         "the last row of 2 bits, our best recipe, trains longer and is no part of the comparison.",
         "Points on dev, the mean over the seeds that are whole for every row of a table (else of each row), ± the",
         "standard error of the dev sample. Dev of SST-2 and STS-B is one half of the official one.",
+        "Levels: how many values a weight can take.",
     ]
     for bits in (8, 4, 2):
-        text += _table(runs, labels, bits)
-    text += ["", *_pairs(runs, labels), "", *_by_task(runs, labels), "", *_rates(), "", *_origin(runs.values())]
+        text += _table(runs, labels, drawn, bits)
+    text += ["", *_pairs(drawn), "", *_by_task(drawn), "", *_missing(), "", *_rates(), "", *_origin(runs.values())]
     (run.HERE / "accuracy.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     _draw(runs)
 
@@ -57,11 +62,6 @@ def _read() -> list[dict[str, Any]]:
     for path in sorted(run.RESULTS.glob("*.json")):
         found.append(json.loads(path.read_text(encoding="utf-8")) | {"swept": "-lr" in path.stem})
     return found
-
-
-def _headline(task: str) -> metrics.Metric:
-    """Of SQuAD the mean: its predictions are kept as the questions' F1, and need no labels."""
-    return (lambda guess, _: float(guess.mean())) if task == "squad" else metrics.headline(data.GLUE[task])
 
 
 def _labels(folder: Path, task: str) -> np.ndarray:
@@ -74,26 +74,43 @@ def _seeds(runs: dict[Key, Any], names: Iterable[tuple[str, int]], tasks: Iterab
     return [s for s in run.SEEDS if all((t, n, b, s) in runs for n, b in names for t in tasks)]
 
 
-def _table(runs: dict[Key, Any], labels: dict[str, np.ndarray], bits: int) -> list[str]:
+def _table(runs: dict[Key, Any], labels: dict[str, np.ndarray], drawn: Resamples, bits: int) -> list[str]:
     tasks = [t for t in trial.TASKS if any(k[0] == t and k[2] == bits for k in runs)]
     names = [n for n in (*trial.ROWS, "best") if any(k[1] == n and k[2] == bits for k in runs)]
     if not names:
         return []
-    out = ["", f"## W{bits}E{bits}A8", "", f"| method | {' | '.join(tasks)} | mean | vs fp32 | seeds |"]
-    out += ["|---" * (4 + len(tasks)) + "|"]
+    out = ["", f"## W{bits}E{bits}A8", ""]
+    out += [f"| method | levels | {' | '.join(tasks)} | mean | by seed | vs fp32 |", "|---" * (5 + len(tasks)) + "|"]
+    constant = [_constant(t, labels[t]) for t in tasks]
+    out.append(f"| one answer to all | | {' | '.join(f'{c:.1f}' for c in constant)} | {np.mean(constant):.2f} | | |")
     whole = _seeds(runs, [("fp32", 32), *((n, bits) for n in names)], tasks)
     for name, b in (("fp32", 32), *((n, bits) for n in names)):
         seeds = whole or _seeds(runs, [(name, b), ("fp32", 32)], tasks)
         cells = [_cell([runs[k] for s in seeds or run.SEEDS if (k := (t, name, b, s)) in runs]) for t in tasks]
         mean = versus = "–"
+        by_seed = {s: np.mean([runs[t, name, b, s]["score"]["headline"] for t in tasks]) for s in seeds}
         if seeds:
-            scores = [np.mean([runs[t, name, b, s]["score"]["headline"] for s in seeds]) for t in tasks]
-            mean = f"{np.mean(scores):.2f}"
+            mean = f"{np.mean(list(by_seed.values())):.2f}"
             if name != "fp32":
-                versus = _interval(*_difference(runs, labels, (name, b), ("fp32", 32), tasks, seeds))
-        counts = ", ".join(map(str, seeds)) or "not whole"
-        out.append(f"| {_title(name)} | {' | '.join(cells)} | {mean} | {versus} | {counts} |")
+                versus = _interval(*drawn.difference((name, b), ("fp32", 32), dict.fromkeys(tasks, seeds)))
+        told = ", ".join(f"{s}: {mean:.2f}" for s, mean in by_seed.items()) or "not whole"
+        out.append(f"| {_title(name)} | {_levels(name, b)} | {' | '.join(cells)} | {mean} | {told} | {versus} |")
     return out
+
+
+def _constant(task: str, labels: np.ndarray) -> float:
+    """Points of the one answer that scores most."""
+    answers = np.unique(labels) if task != "squad" else np.zeros(1)
+    once = np.ones((1, len(labels)))
+    return 100 * max(float(headlines(task, np.full(len(labels), a), labels, once)[0]) for a in answers)
+
+
+def _levels(name: str, bits: int) -> str:
+    if name == "fp32":
+        return ""
+    rules = resolve(trial.ROWS["kdlsq-lsq" if name == "best" else name].preset(bits)).rules
+    spec = next(rule.weight for rule in rules if rule.op == "linear" and rule.weight is not None)
+    return str(spec.qmax - spec.qmin + 1)
 
 
 def _cell(found: list[dict[str, Any]]) -> str:
@@ -104,71 +121,73 @@ def _cell(found: list[dict[str, Any]]) -> str:
     return f"{np.mean([r['score']['headline'] for r in found]):.1f} ± {error:.1f}{match}"
 
 
-def _difference(
-    runs: dict[Key, Any], labels: dict[str, np.ndarray], a: tuple[str, int], b: tuple[str, int], tasks: Iterable[str],
-    seeds: list[int],
-) -> tuple[float, float, float]:  # fmt: skip
-    """Mean over tasks and seeds of score(a) - score(b), and the ends of its 95 % interval: a paired bootstrap that
-    draws rows of dev (the same for both models and all seeds) and seeds."""
-    points, draws = [], []
-    for task in tasks:
-        guesses = ([np.array(runs[task, *x, s]["predictions"]) for s in seeds] for x in (a, b))
-        gap = functools.partial(_gap, task, labels[task], *guesses)
-        count, rng = len(labels[task]), np.random.default_rng(0)
-        points.append(gap(np.arange(count), np.arange(len(seeds))))
-        drawn = ((rng.integers(count, size=count), rng.integers(len(seeds), size=len(seeds))) for _ in range(DRAWS))
-        draws.append([gap(*d) for d in drawn])
-    low, high = np.quantile(np.mean(draws, axis=0), (0.025, 0.975))
-    return float(np.mean(points)), float(low), float(high)
-
-
-def _gap(
-    task: str, truth: np.ndarray, a: list[np.ndarray], b: list[np.ndarray], rows: np.ndarray, seeds: np.ndarray
-) -> float:
-    """Points of ``a`` less points of ``b`` on these rows, the mean over these seeds."""
-    of = _headline(task)
-    return float(np.mean([100 * (of(a[s][rows], truth[rows]) - of(b[s][rows], truth[rows])) for s in seeds]))
-
-
 def _interval(point: float, low: float, high: float) -> str:
     return f"{point:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def _pairs(runs: dict[Key, Any], labels: dict[str, np.ndarray]) -> list[str]:
+def _pairs(drawn: Resamples) -> list[str]:
     out = [
         "## Differences",
         "",
-        f"Mean over {', '.join(run.CORE)}; 95 % interval of a paired bootstrap over the rows of dev and the seeds that",
-        "are whole. An interval that holds 0 is a tie.",
+        f"Mean over {', '.join(run.CORE)}, of each all seeds that it has for both (the table below names them);",
+        f"95 % interval of a paired bootstrap over the rows of dev and the seeds, {DRAWS:,} draws. An interval that",
+        f"holds 0 is a tie. With fewer than {SURE} seeds it is too short by what seeds differ; so many pairs side by",
+        "side would need wider ones besides.",
         "",
-        "| | W4E4A8 | W2E2A8 |",
-        "|---|---|---|",
+        "| | levels at 2 bits | W4E4A8 | W2E2A8 |",
+        "|---|---|---|---|",
     ]
     for a, b in PAIRS:
         cells = []
         for bits in (4, 2):
-            seeds = _seeds(runs, [(a, bits), (b, bits)], run.CORE)
-            got = _difference(runs, labels, (a, bits), (b, bits), run.CORE, seeds) if seeds else None
-            cells.append(f"{_interval(*got)} ({_verdict(got)})" if got else "–")
-        out.append(f"| {_title(a)} − {_title(b)} | {' | '.join(cells)} |")
+            seeds = {t: _seeds(drawn.runs, [(a, bits), (b, bits)], [t]) for t in run.CORE}
+            cells.append(_verdict(drawn.difference((a, bits), (b, bits), seeds), seeds) if all(seeds.values()) else "–")
+        levels = f"{_levels(a, 2)} − {_levels(b, 2)}"
+        out.append(f"| {_title(a)} − {_title(b)} | {levels} | {' | '.join(cells)} |")
     return out
 
 
-def _by_task(runs: dict[Key, Any], labels: dict[str, np.ndarray]) -> list[str]:
-    """The same differences of 2 bits for each task alone, over the seeds that this task has."""
-    out = [
-        "The same at W2E2A8 by task, over all seeds that the task has for both:",
-        "",
-        f"| | {' | '.join(run.CORE)} |",
-    ]
+def _by_task(drawn: Resamples) -> list[str]:
+    """The same differences of 2 bits for each task alone."""
+    out = ["The same at W2E2A8 by task, and the seeds:", "", f"| | {' | '.join(run.CORE)} |"]
     out += ["|---" * (1 + len(run.CORE)) + "|"]
     for a, b in PAIRS:
         cells = []
         for task in run.CORE:
-            seeds = _seeds(runs, [(a, 2), (b, 2)], [task])
-            got = _difference(runs, labels, (a, 2), (b, 2), [task], seeds) if seeds else None
+            seeds = _seeds(drawn.runs, [(a, 2), (b, 2)], [task])
+            got = drawn.difference((a, 2), (b, 2), {task: seeds}) if seeds else None
             cells.append(f"{_interval(*got)} ({', '.join(map(str, seeds))})" if got else "–")
         out.append(f"| {_title(a)} − {_title(b)} | {' | '.join(cells)} |")
+    return out
+
+
+def _verdict(got: tuple[float, float, float], seeds: dict[str, list[int]]) -> str:
+    """The difference, its interval and what it says; of few seeds how many."""
+    _, low, high = got
+    word = "tie" if low <= 0 <= high else "better" if low > 0 else "worse"
+    few = min(map(len, seeds.values()))
+    on = f" on {few} seed{'s' * (few > 1)}" if few < SURE and word != "tie" else ""
+    return f"{_interval(*got)} ({word}{on})"
+
+
+def _missing() -> list[str]:
+    """What the full table has and the results have not."""
+    there = Counter[tuple[str, int, int]]()
+    whole = Counter[tuple[str, int, int]]()
+    for job in run.jobs_of("full"):
+        key = (job["task"], job["bits"], job["seed"])
+        whole[key] += 1
+        there[key] += run.path_of(job).exists()
+    out = ["## What is there and what is missing", "", "Rows trained of those that the table has, by seed."]
+    out += ["", "| task | W8E8A8 | W4E4A8 | W2E2A8 |", "|---|---|---|---|"]
+    for task in trial.TASKS:
+        cells = []
+        for bits in (8, 4, 2):
+            counts = [
+                f"{s}: {there[task, bits, s]} of {whole[task, bits, s]}" for s in run.SEEDS if there[task, bits, s]
+            ]
+            cells.append(", ".join(counts) or "none")
+        out.append(f"| {task} | {' | '.join(cells)} |")
     return out
 
 
@@ -176,17 +195,13 @@ def _title(name: str) -> str:
     return {"fp32": "fp32", "best": BEST}.get(name) or trial.ROWS[name].title
 
 
-def _verdict(got: tuple[float, float, float]) -> str:
-    _, low, high = got
-    return "tie" if low <= 0 <= high else "better" if low > 0 else "worse"
-
-
 def _rates() -> list[str]:
     out = [
         "## Learning rates at 2 bits",
         "",
         f"Chosen by the mean dev score of {' and '.join(run.RATE_TASKS)} at seed {run.RATE_SEED} (in no table)",
-        f"after {run.RATE_STEPS} steps. At 4 and 8 bits every method has {run.LR[4]:g} and {run.LR[8]:g}.",
+        f"after {run.RATE_STEPS} steps, in bold. At 4 and 8 bits every method has {run.LR[4]:g} and {run.LR[8]:g}.",
+        "A rate at an edge of the grid may not be a method's best: no wider grid was tried.",
         "",
         f"| method | {' | '.join(f'{lr:g}' for lr in run.RATES)} |",
         "|---" * (1 + len(run.RATES)) + "|",
@@ -196,7 +211,8 @@ def _rates() -> list[str]:
         cells = []
         for lr in run.RATES:
             got = [swept.get((name, lr, t)) for t in run.RATE_TASKS]
-            cells.append(" / ".join("–" if g is None else f"{g:.1f}" for g in got))
+            told = " / ".join("–" if g is None else f"{g:.1f}" for g in got)
+            cells.append(f"**{told}**" if lr == run.best_rate(name) else told)
         out.append(f"| {trial.ROWS[name].title} | {' | '.join(cells)} |")
     return out
 
@@ -206,9 +222,22 @@ def _origin(runs: Collection[dict[str, Any]]) -> list[str]:
     for r in runs:
         for key, value in (*((k, r[k]) for k in ("machine", "date", "commit")), *r["versions"].items()):
             seen.setdefault(key, set()).add(value)
-    narrow = sorted({f"{r['task']} seed {r['seed']}" for r in runs if r.get("precision") == "bf16"})
-    told = [f"Matrix products in bfloat16 while students trained (all others float32): {', '.join(narrow)}.", ""]
-    return told * bool(narrow) + ["; ".join(f"{key} {', '.join(sorted(v))}" for key, v in seen.items()) + "."]
+    kinds: dict[str, set[str]] = {}
+    for r in runs:
+        if r["row"] != "fp32" and trial.ROWS["kdlsq-lsq" if r["row"] == "best" else r["row"]].trained:
+            kinds.setdefault(_precision(r), set()).add(f"{r['task']} {r['seed']}")
+    told = [f"{kind}: {', '.join(sorted(names))}" for kind, names in sorted(kinds.items())]
+    return [
+        f"Matrix products while students trained, by task and seed: {'; '.join(told)}. Scores are measured in float32.",
+        "",
+        "; ".join(f"{key} {', '.join(sorted(v))}" for key, v in seen.items()) + ".",
+    ]
+
+
+def _precision(r: dict[str, Any]) -> str:
+    if r.get("precision") == "bf16":
+        return "bfloat16"
+    return "TF32 on a GPU (ten bits)" if "NVIDIA" in str(r["machine"]) else "float32"
 
 
 # --- pictures
