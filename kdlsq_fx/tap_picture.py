@@ -10,6 +10,7 @@ from .tap_plan import Side, TapPlan
 from .taps import Tap
 
 WIDE, BOX, ROW, GAP, TOP, EDGE = 200, 24, 46, 320, 92, 24  # pixels
+LETTER = 8  # the widest that a letter of a title is on average, in the fonts that stand in for Helvetica
 COLOURS = {"hidden": "#1f6fb4", "attention": "#d9731a", "pooled": "#2a8f4a", "logits": "#6b4fa0"}
 DASHES = {"hidden": "", "attention": "6 4", "pooled": "2 4", "logits": "10 4"}
 SHIFT = {"hidden": -5, "attention": 5, "pooled": 0, "logits": 0}  # so that two taps of one layer are two lines
@@ -34,9 +35,11 @@ def picture(plan: TapPlan) -> str:
     ]
     legend = _legend(plan)
     foot = max(c.bottom for c in columns) + 34
-    width, height = 2 * (EDGE + WIDE) + GAP, foot + 20 * len(legend)
+    titles = [(c.left, f"{name}: {c.side.name or 'a module'}") for name, c in _named(columns)]
+    ends = [x + LETTER * len(text) for x, text in (*titles, *((EDGE + 50, line) for _, line in legend))]
+    width, height = EDGE + max(columns[1].right, *ends), foot + 20 * len(legend)
     parts = [HEAD.format(w=width, h=height)]
-    parts += [_text(c.left, 22, f"{name}: {c.side.name or 'a module'}", bold=True) for name, c in _named(columns)]
+    parts += [_text(x, 22, title, bold=True) for x, title in titles]
     parts += [_text(c.left, 40, _size(c.side)) for c in columns]
     parts += [line for tap in plan.taps for line in _tap(tap, *columns)]
     if plan.outputs:

@@ -24,12 +24,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process: there are
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/common.py
 
+import numpy as np
 import pool
 import torch
 import trial
 from common import origin, with_more
 
 from kdlsq_fx import data, opening
+from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.files import write_json
 
 HERE = Path(__file__).resolve().parent
@@ -96,7 +98,8 @@ def work(job: pool.Job) -> str:
     lr = job["lr"] or LR.get(job["bits"]) or (best_rate(job["row"]) if row.trained else 0.0)
     train = with_more(dataset, Path(job["data"]), _tokenizer()) if job["row"] == "best" else dataset
     out = where / path_of(job).stem
-    _, _, logits = _measured(model, dataset)
+    _, guess, logits = _measured(model, dataset)
+    _check_teacher(job, guess)
     student, curves = trial.train_row(
         train, model.cpu(), row, job["bits"], seed=job["seed"], steps=job["steps"], lr=lr, batch_size=BATCH,
         precision=job["precision"], out=out,
@@ -104,6 +107,16 @@ def work(job: pool.Job) -> str:
     )  # fmt: skip
     shutil.rmtree(out, ignore_errors=True)
     return _keep(job | {"lr_used": lr}, dataset, student, curves, logits)
+
+
+def _check_teacher(job: pool.Job, guess: np.ndarray) -> None:
+    """ConfigError where the fp32 weights are not those whose scores the task and seed have: rows of two teachers would
+    stand in one table. Predictions of one model on two machines may differ at near-ties."""
+    path = path_of(job | {"row": "fp32"})
+    known = np.array(json.loads(path.read_text())["predictions"])
+    if np.mean(np.abs(known - guess) > 0.01) > 0.01:
+        do = f"remove results/{job['task']}-*-s{job['seed']}.json to train all rows of this seed anew"
+        raise ConfigError(f"the fp32 model in {job['runs']} is not that of {path.name}", where=path.stem, do=do)
 
 
 def _measured(model: Any, dataset: data.Dataset) -> Any:
@@ -164,9 +177,13 @@ def main() -> int:
         wanted = [j for j in wanted if j["bits"] in args.bits and j["seed"] in args.seeds]
         first = {(j["task"], j["seed"]): _job(j["task"], j["seed"], "fp32", 32, steps=0) for j in wanted}
         jobs = [j | common for j in (*first.values(), *wanted) if not path_of(j).exists()]
-        left = len(
-            pool.run(jobs, work, functools.partial(_ready, runs=args.runs), workers=args.workers, minutes=args.minutes)
-        )
+        ready = functools.partial(_ready, runs=args.runs)
+        waiting = pool.run(jobs, work, ready, workers=args.workers, minutes=args.minutes)
+        left = len(waiting)
+        for task, seed in dict.fromkeys((j["task"], j["seed"]) for j in waiting if not ready(j)):
+            why = f"{task} seed {seed} waits for its fp32 weights in {args.runs} or for the sweep of its method's rate"
+            do = f"without the weights remove results/{task}-*-s{seed}.json, and all rows are trained anew"
+            print(f"{why}; {do}", file=sys.stderr)
         print(f"{len(jobs) - left} runs done, {left} left", file=sys.stderr)
     if args.data.is_dir():
         import report
