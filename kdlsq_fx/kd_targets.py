@@ -20,6 +20,8 @@ from .planning import captured
 from .tap_plan import PREFIX, TapPlan
 from .taps import Tap, find_taps, node_at, output_names, token_axes, turned
 
+EOS_SEPARATES = ("albert", "camembert", "mpnet", "roberta", "xlm-roberta")  # their configurations call [SEP] eos
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -99,9 +101,10 @@ class Teacher:
 
 
 def separator_of(config: Any) -> int | None:
-    """The id of [SEP] by a model's configuration (RoBERTa's family calls it eos); None where it says nothing."""
+    """The id of [SEP] by a model's configuration; None where it does not say it (BERT's, and ConvBERT's eos is none)."""
     known = getattr(config, "sep_token_id", None)
-    known = getattr(config, "eos_token_id", None) if known is None else known
+    if known is None and getattr(config, "model_type", None) in EOS_SEPARATES:
+        known = getattr(config, "eos_token_id", None)
     return known if isinstance(known, int) else None
 
 

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from families import batch
 from test_distillation import float_student, pair, scores_of
+from transformers import AutoConfig
 
 from kdlsq_fx.compression import Compression
 from kdlsq_fx.distillation import distill
 from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.kd_losses import kept_mse
+from kdlsq_fx.kd_targets import separator_of
 
 torch.set_num_threads(1)
 SEP = 3
@@ -202,3 +204,8 @@ def test_mistakes_are_told() -> None:
         distill(*both, compress="ten tokens")
     with pytest.raises(ConfigError, match="compress=3"):
         distill(*both, compress=3)
+
+
+def test_a_separator_is_taken_from_configurations_that_name_one() -> None:
+    named = {name: separator_of(AutoConfig.for_model(name)) for name in ("roberta", "albert", "bert", "convbert")}
+    assert named == {"roberta": 2, "albert": 3, "bert": None, "convbert": None}  # ConvBERT's default eos is no [SEP]
