@@ -178,7 +178,7 @@ def test_damage_is_told(tmp_path: Path) -> None:
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))  # of the right size
     others = {p: p.stat().st_mtime_ns for p in tmp_path.glob("shard-*") if p != path}
     build_cache(kd, rows, tmp_path, shard_bytes=2000)  # makes the bad one again, and no other
-    assert path.read_bytes() == good and len(others) > 2
+    assert path.read_bytes() == good and len(others) > 1
     assert all(p.stat().st_mtime_ns == t for p, t in others.items())
     index = json.loads((tmp_path / "cache.json").read_text())
     for wrong, told in (
@@ -278,32 +278,11 @@ def test_a_run_is_not_continued_on_the_targets_of_another_teacher(tmp_path: Path
                 train.fit(distill(copy, cache=cache), cache.source(rows), **run)
 
 
-def test_both_sides_need_the_same_rows() -> None:
+def test_both_sides_need_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of one row would stretch over all of a batch, and a kernel would read past their end."""
     kd, rows = live(), data()
-
-    class Short:
-        def wanted(self, given: dict[str, Any], inputs: dict[str, torch.Tensor]) -> Any:
-            first = {k: v[:1] for k, v in inputs.items()}
-            return targets.wanted({}, first)
-
-    targets = kd.targets
-    kd.targets = Short()  # type: ignore[assignment]
+    run = kd.targets.wanted
+    monkeypatch.setattr(kd.targets, "wanted", lambda _, inputs: run({}, {k: v[:1] for k, v in inputs.items()}))
     with pytest.raises(InputError, match="reads 4 rows, the teacher's side has shape .1, "):
         kd(**rows.batch(np.arange(4)))
     assert not fused.squares_fit(torch.zeros(4, 8, 16), torch.zeros(1, 8, 16), None)
-
-
-def test_bytes_at_the_papers_size_stay_below_five_kilobytes(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    starts = np.concatenate([[0], np.cumsum(rng.integers(12, 40, 200))])
-    ids = rng.integers(4, 99, starts[-1]).astype(np.int32)
-    rows = Encoded(ids, None, starts, rng.integers(0, 2, 200))
-    wide = {"hidden_size": 768, "num_hidden_layers": 1, "intermediate_size": 64}
-    student, teacher = (float_student(tiny("bert", seed=s, **wide)) for s in (0, 1))
-    paper = Compression.parse("1l_10t_0.1h", separator=SEP)
-    cache = build_cache(distill(student, teacher, loss="hsk", compress=paper), rows, tmp_path)
-    # 10 tokens x 76 values of 2 bytes, as many feature numbers, 10 positions, 2 logits, length and CRC
-    each = 10 * 76 * 2 * 2 + 10 * 2 + 2 * 4 + 8
-    assert each <= cache.bytes_per_example < 1.01 * each + 5 < 5000
-    assert "bytes each" in cache.report()

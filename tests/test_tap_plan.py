@@ -391,7 +391,7 @@ def test_where_a_site_stands() -> None:
     side = Side(hidden=("a", "b", "c"), attention={"x": 1, "y": 2})
     assert [side.layer_of(s) for s in ("a", "c", "x", "y", "z")] == [0, 2, 1, 2, None] and side.layers == 2
     assert dataclasses.replace(side, first=1).layers == 3
-    with pytest.raises(ConfigError, match="attention in block '1'.*count blocks from 1"):
+    with pytest.raises(ConfigError, match="(?s)attention in block '1'.*count blocks from 1"):
         Side(attention={"x": "1"})  # type: ignore[dict-item]
 
 
