@@ -242,8 +242,7 @@ def distill(
         teacher: any model, or a QuantModel; it is copied, frozen and run in eval mode.
         loss: a name (``"kdlsq"``, ``"ternarybert"``, ``"hsk"``; with ``-release`` as the released code does it,
             padding and all; docs/distillation.md says where they still differ), or a
-            :class:`kdlsq_fx.kd_named.Loss`. With a cache: the one it was made for. For a term of
-            your own see that page.
+            :class:`kdlsq_fx.kd_named.Loss`. With a cache: the one it was made for. A term of your own: that page.
         cache: a folder that ``kdlsq-fx cache`` made, in place of a teacher. It brings the plan and the compression;
             the batches then need ``example_id``.
         plan: which values are compared; taps of a loss of weight 0 are left out. None: ``plan_taps`` finds one, with

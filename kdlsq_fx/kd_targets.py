@@ -101,7 +101,7 @@ class Teacher:
 
 
 def separator_of(config: Any) -> int | None:
-    """The id of [SEP] by a model's configuration; None where it does not say it (BERT's, and ConvBERT's eos is none)."""
+    """The id of [SEP] by a model's configuration; None where it does not say it (BERT's; ConvBERT's eos is none)."""
     known = getattr(config, "sep_token_id", None)
     if known is None and getattr(config, "model_type", None) in EOS_SEPARATES:
         known = getattr(config, "eos_token_id", None)
