@@ -39,6 +39,7 @@ class Kept:
 @dataclass(frozen=True, kw_only=True)
 class Compression:
     """What is kept of the hidden states; ``Compression.parse("1l_10t_0.1h")`` is the paper's way to write the sizes.
+    As text it tells them with the strategies that choose something.
 
     ``depth``      taps kept, from the top of the plan; None: all. The map of layers, g(l, L_top), is the plan's.
     ``length``     tokens kept of a row, None: all. Padding is never kept, unless padding counts (``padding="paper"``).
@@ -67,18 +68,22 @@ class Compression:
         for name, known in (("tokens", TOKENS), ("features", FEATURES), ("mask", MASKS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown", do=f"use one of {', '.join(known)}")
-        for name in ("depth", "length"):
-            size = getattr(self, name)
-            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-                raise ConfigError(f"{name}={size!r}", do="keep at least one, or None for all")
-        if not 0 < self.width <= 1:
+        for name, least, do in (
+            ("depth", 1, "keep at least one, or None for all"),
+            ("length", 1, "keep at least one, or None for all"),
+            ("separator", 0, "give the id of [SEP], tokenizer.sep_token_id, or None for the teacher's"),
+        ):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < least):
+                raise ConfigError(f"{name}={value!r}", do=do)
+        if not (isinstance(self.width, int | float) and 0 < self.width <= 1):
             raise ConfigError(f"width={self.width!r} is no share of the features", do="use a number above 0, up to 1")
 
     @classmethod
     def parse(cls, text: str, **more: Any) -> Compression:
         """``"1l_10t_0.1h"``: one layer, ten tokens, a tenth of the features; parts may be left out: ``"10t"``."""
         sizes: dict[str, Any] = {}
-        for part in text.split("_"):
+        for part in text.split("_") if isinstance(text, str) else [""]:
             match = re.fullmatch(r"(\d+)(l|t)|(\d*\.?\d+)(h)", part)
             name = {"l": "depth", "t": "length", "h": "width"}[match[2] or match[4]] if match else ""
             if match is None or name in sizes:
@@ -88,8 +93,12 @@ class Compression:
         return cls(**sizes, **more)
 
     def __str__(self) -> str:
-        sizes = [f"{self.depth}l"] * bool(self.depth) + [f"{self.length}t"] * bool(self.length)
-        return "_".join(sizes + ([f"{self.width:g}h"] if self.width < 1 else [])) or "whole"
+        length = 1 if self.tokens == "cls" else self.length
+        sizes = [f"{size}{of}" for size, of in ((self.depth, "l"), (length, "t")) if size]
+        sizes += [f"{self.width:g}h"] if self.width < 1 else []
+        tokens = self.tokens if self.picks_tokens else "every token"
+        features = f"{self.features}, {self.mask}" if self.width < 1 else "every feature"
+        return f"{'_'.join(sizes) or 'whole'} ({tokens}, {features})"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -107,14 +116,19 @@ class Compression:
     def reads_attention(self) -> bool:
         return self.length is not None and self.tokens.startswith("attention")
 
-    def with_separator(self, found: int | None) -> Compression:
-        """With the id of [SEP] where it is needed and was not given; ConfigError where nobody knows it."""
-        if self.separator is not None or not self.reads_attention or self.tokens != "attention-no-sep":
+    def with_separator(self, found: int | None, entries: int = 0) -> Compression:
+        """With the id of [SEP] where it is needed, ``found`` where none was given. ConfigError where nobody knows it,
+        and where it is none of the teacher's ``entries`` token ids (0: their number is not known)."""
+        if not self.reads_attention or self.tokens != "attention-no-sep":
             return self
-        if found is None:
-            do = "give Compression(separator=tokenizer.sep_token_id), or choose tokens='attention'"
+        made = self if self.separator is not None else replace(self, separator=found)
+        do = "give Compression(separator=tokenizer.sep_token_id), or choose tokens='attention'"
+        if made.separator is None:
             raise ConfigError("tokens='attention-no-sep' needs the id of [SEP]", where="compress", do=do)
-        return replace(self, separator=found)
+        if 0 < entries <= made.separator:
+            what = f"separator={made.separator}, but the teacher's token ids end at {entries - 1}"
+            raise ConfigError(what, where="compress", do=do)
+        return made
 
     def kept_features(self, width: int) -> int:
         """How many of ``width`` features a token keeps."""

@@ -33,8 +33,8 @@ from .matching import Match, match_graphs
 from .model import QuantModel
 from .planning import found_plan
 from .projection import make_projections
-from .tap_plan import PREFIX, TapPlan
-from .taps import Tap, node_at, output_names, token_axes
+from .tap_plan import PREFIX, TapPlan, counted
+from .taps import Tap, node_at, output_names, token_axes, vocabulary
 
 __all__ = ["DistillOutput", "Distiller", "distill"]
 
@@ -98,9 +98,7 @@ class Distiller(nn.Module):
         loss = self.loss
         more = f"temperature {loss.temperature:g}; padding {loss.padding}; schedule {loss.schedule}"
         if loss.compress is not None:
-            more += (
-                f"; compress {loss.compress} ({loss.compress.tokens}, {loss.compress.features}, {loss.compress.mask})"
-            )
+            more += f"; compress {loss.compress}"
         return f"{self.plan}\nweights: {terms}; {more}"
 
     def forward(self, *args: Any, **kwargs: Any) -> DistillOutput:
@@ -244,7 +242,7 @@ def distill(
         teacher: any model, or a QuantModel; it is copied, frozen and run in eval mode.
         loss: a name (``"kdlsq"``, ``"ternarybert"``, ``"hsk"``; with ``-release`` as the released code does it,
             padding and all; docs/distillation.md says where they still differ), or a
-            :class:`kdlsq_fx.kd_named.Loss`. With a cache: the one it was made for.
+            :class:`kdlsq_fx.kd_named.Loss`. With a cache: the one it was made for. A term of your own: that page.
         cache: a folder that ``kdlsq-fx cache`` made, in place of a teacher. It brings the plan and the compression;
             the batches then need ``example_id``.
         plan: which values are compared; taps of a loss of weight 0 are left out. None: ``plan_taps`` finds one, with
@@ -279,7 +277,8 @@ def distill(
     check_plan(qat, frozen, plan)
     check_outputs(qat, frozen, weights, plan)
     if chosen.compress is not None:
-        chosen = replace(chosen, compress=chosen.compress.with_separator(separator_of(frozen.config)))
+        entries = vocabulary(frozen.gm, frozen.config)
+        chosen = replace(chosen, compress=chosen.compress.with_separator(separator_of(frozen.config), entries))
     own = [PREFIX + n for n in frozen.input_names] if plan.teacher_inputs == "own" else []
     targets = Teacher(frozen, plan, chosen, checked=not own and frozen.covers(qat))
     return _signed(qat, *own)(qat, targets, plan, weights, chosen)
@@ -314,7 +313,7 @@ def upper(plan: TapPlan, compress: Compression | None) -> TapPlan:
         return plan
     hidden = [t for t in plan.taps if t.loss == "hidden"]
     if compress.depth > len(hidden):
-        what = f"compress keeps {compress.depth} layers, the plan has {len(hidden)} hidden taps"
+        what = f"compress keeps {counted(compress.depth, 'layer')}, the plan has {counted(len(hidden), 'hidden tap')}"
         raise ConfigError(what, do=f"keep at most {len(hidden)}, or set hidden above 0")
     gone = hidden[: -compress.depth]
     return plan.with_taps(t for t in plan.taps if t not in gone)

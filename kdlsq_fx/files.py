@@ -172,7 +172,7 @@ def check_stage(folder: Path, stage: str) -> None:
     a float model."""
     found = stage_of(folder) or ("float" if _holds_floats(folder / WEIGHTS) else stage)
     if found != stage:
-        what = f"a {found} model stands in {folder}"
+        what = f"{'an' if found == 'int' else 'a'} {found} model stands in {folder}"
         raise CheckpointError(what, do=f"name another folder for the {stage} model, or remove what is there")
 
 
@@ -190,6 +190,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     """``kdlsq.json`` of a folder; CheckpointError, with what to give instead, where the folder is none of ours."""
     if (folder / INFO).is_file():
         return read_json(folder / INFO)
+    weights = folder / WEIGHTS
     inside = [p for p in (folder / "qat", folder / "int", *sorted(folder.glob("*/qat"))) if (p / INFO).is_file()]
     if not folder.exists():
         what, do = "does not exist", "give a folder written by save_pretrained"
@@ -197,10 +198,10 @@ def read_info(folder: Path) -> dict[str, Any]:
         what, do = "is a file, not a folder", "give a folder written by save_pretrained"
     elif inside:
         what, do = "is no qat or int folder itself", f"give {' or '.join(map(str, inside))}"
-    elif (folder / "config.json").is_file():
+    elif (folder / "config.json").is_file() and (_holds_floats(weights) or not weights.exists()):
         what, do = "holds a model without quantizers", "quantize it first: prepare_qat, or `kdlsq-fx train --model`"
     else:
-        what, do = f"is no qat or int folder: it has no {INFO}", "give a folder written by save_pretrained"
+        what, do = f"is no qat or int folder: it has no {INFO}", "give a folder written by save_pretrained, all of it"
     raise CheckpointError(f"{folder} {what}", do=do)
 
 

@@ -12,6 +12,7 @@ from .errors import ConfigError
 TERMS = ("hidden", "attention", "logits", "gold", "pooled")
 REGRESSION = ("teacher", "gold")
 SCHEDULES = ("joint", "two-stage")
+PLANNED = ("layer_map", "kinds", "projections", "same_tokenizer")  # what plan_taps is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,10 @@ class Loss:
         names = [f.name for f in fields(self)]
         wrong = [name for name in changes if name not in names]
         if wrong:
-            raise ConfigError(f"a loss has no {wrong[0]!r}", do=f"it has {', '.join(names)}")
+            do = f"it has {', '.join(names)}"
+            if wrong[0] in PLANNED:
+                do = f"it belongs to the plan: plan=kq.plan_taps(student, teacher, {wrong[0]}=...)"
+            raise ConfigError(f"a loss has no {wrong[0]!r}", do=do)
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,6 +99,9 @@ def named_loss(name: str | Loss) -> Loss:
     """The loss of a name, or the one handed in; ConfigError for another name."""
     if isinstance(name, Loss):
         return name
-    if name not in LOSSES:
+    if callable(name):
+        do = "add a term of your own with a hook on what distill returns: docs/distillation.md, A term of your own"
+        raise ConfigError("a loss is chosen by name, not handed in as a function", where="loss", do=do)
+    if not isinstance(name, str) or name not in LOSSES:
         raise ConfigError(f"there is no loss {name!r}", do=f"use one of {', '.join(LOSSES)}, or a Loss(...)")
     return LOSSES[name]

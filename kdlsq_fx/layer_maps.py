@@ -34,15 +34,9 @@ def layer_pairs(layer_map: LayerMap, student: int, teacher: int) -> tuple[tuple[
     ):
         wrong = [n for n in layers if not 0 <= n <= count]
         if wrong:
-            what = (
-                f"layer map {name_of(layer_map)!r} names layer {wrong[0]} of the {side}, which has layers 0 to {count}"
-            )
+            what = f"layer map {layer_map!r} names layer {wrong[0]} of the {side}, which has layers 0 to {count}"
             raise ConfigError(what, do=f"use {NAMES}")
     return pairs
-
-
-def name_of(layer_map: LayerMap) -> str:
-    return layer_map if isinstance(layer_map, str) else "given"
 
 
 def _named(name: str, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
@@ -55,7 +49,7 @@ def _named(name: str, student: int, teacher: int) -> tuple[tuple[int, int], ...]
     if name not in ("top", "skip"):
         raise ConfigError(f"there is no layer map {name!r}", do=f"use {NAMES}")
     if teacher < student:
-        what = f"the layer map {name!r} needs a teacher at least as deep: {teacher} layers for {student}"
+        what = f"the layer map {name!r} needs a teacher at least as deep: {student} layers cannot learn from {teacher}"
         raise ConfigError(what, do="use 'uniform'")
     if name == "skip":
         return tuple((n, n * (teacher // student)) for n in layers)

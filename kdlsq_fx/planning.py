@@ -11,7 +11,7 @@ from torch import fx, nn
 from .capture import capture
 from .errors import ConfigError
 from .graph import output_args, site_of
-from .layer_maps import LayerMap, layer_pairs, name_of
+from .layer_maps import LayerMap, layer_pairs
 from .matching import match_graphs
 from .model import QuantModel, wrap
 from .qconfig import QConfig
@@ -67,7 +67,7 @@ def plan_taps(
     draft.pairs = layer_pairs(layer_map, ours.side.layers, theirs.side.layers) if ours.found.hidden else ()
     for kind in asked if asked is not None else TOKENS if shared else ("pooled",):
         draft.add(kind)
-    return draft.plan(name_of(layer_map))
+    return draft.plan()
 
 
 def captured(model: nn.Module, like: QuantModel | None) -> QuantModel:
@@ -207,13 +207,12 @@ class Draft:
             self.projections[name] = widths
         return name
 
-    def plan(self, layer_map: str) -> TapPlan:
+    def plan(self) -> TapPlan:
         outputs = compared_outputs(self.ours.model, self.theirs.model, shared=self.shared)
         return TapPlan(
             taps=tuple(self.taps),
             projections=self.projections,
             outputs=outputs,
-            layer_map=layer_map,
             teacher_inputs="shared" if self.shared else "own",
             student=self.ours.side,
             teacher=self.theirs.side,

@@ -153,7 +153,10 @@ def _fresh_model(folder: Path, model_class: str) -> nn.Module:
     import transformers
 
     cls = getattr(transformers, model_class, None)
-    if cls is None or not (folder / "config.json").exists():
+    if cls is not None and not (folder / "config.json").exists():
+        do = "copy the whole folder again; for a module of your own, from_pretrained(path, model=...)"
+        raise CheckpointError(f"{folder} has no config.json", do=do)
+    if cls is None:
         raise CheckpointError(
             f"{folder} holds a {model_class or 'model'} that is not Hugging Face's",
             do="pass the module: from_pretrained(path, model=...)",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from .errors import ConfigError
 from .files import make_folder, write_text
-from .tap_plan import Side, TapPlan
+from .tap_plan import Side, TapPlan, counted
 from .taps import Tap
 
 WIDE, BOX, ROW, GAP, TOP, EDGE = 200, 24, 46, 320, 92, 24  # pixels
@@ -20,7 +22,9 @@ HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{
 
 
 def draw(plan: TapPlan, path: Path) -> Path:
-    """Write the picture; CheckpointError where it cannot be written."""
+    """Write the picture; CheckpointError where it cannot be written, ConfigError for a name of another format."""
+    if path.suffix.lower() != ".svg":
+        raise ConfigError("a plan is drawn as SVG", where=str(path), do="give a name that ends in .svg")
     make_folder(path.parent)
     write_text(path, picture(plan))
     return path
@@ -40,7 +44,7 @@ def picture(plan: TapPlan) -> str:
     width, height = EDGE + max(columns[1].right, *ends), foot + 20 * len(legend)
     parts = [HEAD.format(w=width, h=height)]
     parts += [_text(x, 22, title, bold=True) for x, title in titles]
-    parts += [_text(c.left, 40, _size(c.side)) for c in columns]
+    parts += [_text(c.left, 40, c.side.size()) for c in columns]
     parts += [line for tap in plan.taps for line in _tap(tap, *columns)]
     if plan.outputs:
         y = columns[0].head
@@ -96,11 +100,6 @@ def _named(columns: list[Column]) -> list[tuple[str, Column]]:
     return list(zip(("student", "teacher"), columns))
 
 
-def _size(side: Side) -> str:
-    known = ((side.layers, "layers"), (side.width, "wide"), (side.heads, "heads"))
-    return ", ".join(f"{n} {what}" for n, what in known if n)
-
-
 def _tap(tap: Tap, student: Column, teacher: Column) -> list[str]:
     a, b = student.y_of(tap.student) + SHIFT[tap.loss], teacher.y_of(tap.teacher) + SHIFT[tap.loss]
     line = _line(student.right, a, teacher.left, b, tap.loss, title=f"{tap.student} <- {tap.teacher}")
@@ -112,17 +111,19 @@ def _tap(tap: Tap, student: Column, teacher: Column) -> list[str]:
 
 
 def _legend(plan: TapPlan) -> list[tuple[str, str]]:
-    """(kind of line, text) rows: the losses, the projections, the layer map, the notes."""
+    """(kind of line, text) rows: the losses, the projections, the layers, the notes."""
     told = {
         "hidden": "hidden states", "attention": "attention scores", "pooled": "pooled states", "logits": "logits",
     }  # fmt: skip
-    rows = [(kind, f"{told[kind]}: {count} taps") for kind in told if (count := sum(t.loss == kind for t in plan.taps))]
+    counts = Counter[str](t.loss for t in plan.taps)
+    rows = [(kind, f"{text}: {counted(counts[kind], 'tap')}") for kind, text in told.items() if counts[kind]]
     if plan.outputs:
         rows.append(("logits", f"outputs: {', '.join(plan.outputs)}"))
     for name, (a, b) in plan.projections.items():
         count = sum(t.projection == name for t in plan.taps)
-        rows.append(("", f"■ projection {name}: {a} → {b}, trained with the student; {count} taps go through it"))
-    rows.append(("", f"layer map: {plan.layer_map}"))
+        rows.append(("", f"■ projection {name}: {a} → {b}, trained with the student, for {counted(count, 'tap')}"))
+    if plan.layers():
+        rows.append(("", f"layers: {plan.pairs()}"))
     if plan.teacher_inputs == "own":
         rows.append(("", "each side reads tokens of its own"))
     return [*rows, *(("", note) for note in plan.notes)]

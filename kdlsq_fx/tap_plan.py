@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from .errors import CheckpointError, ConfigError
 from .files import FORMAT, make_folder, read_json, write_json
+from .layer_maps import layer_pairs
 from .taps import Tap
 
 TeacherInputs = Literal["shared", "own"]
@@ -48,9 +49,17 @@ class Side:
         return self.attention.get(site)
 
     def __str__(self) -> str:
-        known = {"layers": self.layers, "wide": self.width, "heads": self.heads, "token ids": self.vocabulary}
-        told = ", ".join(f"{v} {k}" for k, v in known.items() if v)
-        return f"{self.name or 'a module'} ({told})" if told else self.name or "a module"
+        told = [self.size(), f"{self.vocabulary} token ids" if self.vocabulary else ""]
+        return f"{self.name or 'a module'} ({', '.join(filter(None, told))})" if any(told) else self.name or "a module"
+
+    def size(self) -> str:
+        """What is known of layers, width and heads, as text."""
+        parts = (
+            (self.layers, counted(self.layers, "layer")),
+            (self.width, f"{self.width} wide"),
+            (self.heads, counted(self.heads, "head")),
+        )
+        return ", ".join(text for known, text in parts if known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +69,6 @@ class TapPlan:
     ``taps``            what is compared inside the networks.
     ``projections``     name -> (student width, teacher width) of a trained linear map; taps of one name share it.
     ``outputs``         outputs compared besides, e.g. ``logits``.
-    ``layer_map``       name of the map that made the taps; the taps are what counts.
     ``teacher_inputs``  "shared": the teacher reads the student's ids; "own": its own, as ``teacher_input_ids`` and so
                         on; None: shared, and the vocabularies have to be equally large.
     ``student, teacher``  the two networks with all their sites, to choose from.
@@ -72,7 +80,6 @@ class TapPlan:
     taps: tuple[Tap, ...]
     projections: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
-    layer_map: str = "given"
     teacher_inputs: TeacherInputs | None = None
     student: Side = Side()
     teacher: Side = Side()
@@ -134,17 +141,21 @@ class TapPlan:
                 found.setdefault(a, set()).add(b)
         return {a: tuple(sorted(b)) for a, b in sorted(found.items())}
 
+    def pairs(self) -> str:
+        """:meth:`layers` as text: ``1<-2  2<-4``."""
+        return "  ".join(f"{a}<-{','.join(map(str, b))}" for a, b in self.layers().items())
+
     def __str__(self) -> str:
-        """The whole plan as text: networks, layer map, inputs, taps, projections, notes."""
+        """The whole plan as text: networks, layers, inputs, taps, projections, notes."""
         lines = [f"student: {self.student}", f"teacher: {self.teacher}"]
-        pairs = "  ".join(f"{a}<-{','.join(map(str, b))}" for a, b in self.layers().items())
-        lines.append(f"layer map {self.layer_map}: {pairs}" if pairs else f"layer map {self.layer_map}")
+        if self.layers():
+            lines.append(f"layers: {self.pairs()}")
         own = f"each side its own; the teacher's are called {PREFIX}input_ids, ..."
         lines.append(f"inputs: {own if self.teacher_inputs == 'own' else 'one batch for both'}")
         lines += [_row(t) for t in self.taps] or ["no taps"]
         for name, (a, b) in self.projections.items():
             count = sum(t.projection == name for t in self.taps)
-            lines.append(f"projection {name}: {a} -> {b}, trained with the student, {count} taps go through it")
+            lines.append(f"projection {name}: {a} -> {b}, trained with the student, for {counted(count, 'tap')}")
         if self.outputs:
             lines.append(f"outputs: {', '.join(self.outputs)}")
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
@@ -156,7 +167,7 @@ class TapPlan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> TapPlan:
         """The plan of :meth:`to_dict`; ConfigError naming the entry that cannot be read."""
-        given = {k: v for k, v in data.items() if k != "format"}
+        given = {k: v for k, v in data.items() if k not in ("format", "layer_map")}
         _refuse_unknown(given, cls, "the plan", where)
         _check_types(given, where)
         made: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
@@ -164,7 +175,23 @@ class TapPlan:
         for name in ("student", "teacher"):
             made[name] = _read(Side, given.get(name, {}), name, where)
         made["projections"] = {k: tuple(v) for k, v in given.get("projections", {}).items()}
-        return cls(**made)
+        plan = cls(**made)
+        plan._check_layer_map(data.get("layer_map", "given"), where)
+        return plan
+
+    def _check_layer_map(self, named: Any, where: str) -> None:
+        """A file may name the map that its taps were made by (ours did); ConfigError where they compare others."""
+        found = self.only(("hidden", "attention"))
+        if named == "given" or not found.layers():
+            return
+        pairs: Iterable[tuple[Any, Any]] = named.items() if isinstance(named, Mapping) else ()
+        if isinstance(named, str):
+            pairs = layer_pairs(named, self.student.layers, self.teacher.layers)
+        told = {f"{a}<-{b}" for a, b in pairs}
+        if any(f"{a}<-{b}" not in told for a, layers in found.layers().items() for b in layers):
+            what = f"layer_map is {named!r}, but the taps compare layers {found.pairs()}"
+            do = "make other taps, plan_taps(student, teacher, layer_map=...), or remove layer_map: the taps count"
+            raise ConfigError(what, where=where, do=do)
 
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, to be read and edited."""
@@ -186,6 +213,11 @@ class TapPlan:
         from .tap_picture import draw
 
         return draw(self, Path(path))
+
+
+def counted(count: int, what: str) -> str:
+    """``1 tap``, ``2 taps``."""
+    return f"{count} {what}" + "s" * (count != 1)
 
 
 def _row(tap: Tap) -> str:

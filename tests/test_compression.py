@@ -134,16 +134,30 @@ def test_padding_is_kept_only_where_it_counts() -> None:
 
 def test_sizes_are_read_from_the_papers_notation() -> None:
     made = Compression.parse("1l_10t_0.1h", tokens="left")
-    assert (made.depth, made.length, made.width, made.tokens) == (1, 10, 0.1, "left") and str(made) == "1l_10t_0.1h"
+    assert (made.depth, made.length, made.width, made.tokens) == (1, 10, 0.1, "left") and "1l_10t_0.1h" in str(made)
     assert Compression.parse("0.1h").kept_features(768) == 76  # papers: 76 values
     assert Compression.parse("0.1h").kept_features(770) == 77 and Compression(width=0.001).kept_features(10) == 1
-    assert str(Compression()) == "whole" and Compression().whole
-    for wrong in ("", "10", "1l_2l", "0h", "2h", "l", "0t", "-1l"):
+    for wrong in ("", "10", "1l_2l", "0h", "2h", "l", "0t", "-1l", None, 5, made):
         with pytest.raises(ConfigError):
-            Compression.parse(wrong)
-    for field in ({"tokens": "best"}, {"features": "big"}, {"mask": "none"}, {"depth": 0}, {"length": True}):
-        with pytest.raises(ConfigError):
-            Compression(**field)  # type: ignore[arg-type]
+            Compression.parse(wrong)  # type: ignore[arg-type]
+    fields: list[dict[str, Any]] = [{"tokens": "best"}, {"features": "big"}, {"mask": "none"}, {"width": "0.1"}]
+    fields += [{"depth": 0}, {"length": True}, *({"separator": s} for s in ("[SEP]", -1, 1.5, True))]
+    for field in fields:
+        with pytest.raises(ConfigError, match=next(iter(field))):
+            Compression(**field)
+
+
+def test_text_tells_the_strategies_that_choose_something() -> None:
+    chosen: dict[str, Any] = {"tokens": "attention", "features": "random", "mask": "both"}
+    assert str(Compression(**chosen)) == "whole (every token, every feature)" and Compression(**chosen).whole
+    for sizes, told in (
+        ({"depth": 1}, "1l (every token, every feature)"),
+        ({"length": 10}, "10t (attention, every feature)"),
+        ({"width": 0.1}, "0.1h (every token, random, both)"),
+        ({"depth": 1, "length": 10, "width": 0.1}, "1l_10t_0.1h (attention, random, both)"),
+        ({"tokens": "cls", "length": 10}, "1t (cls, every feature)"),
+    ):
+        assert str(Compression(**{**chosen, **sizes})) == told
 
 
 @pytest.mark.parametrize("tokens", ["attention", "attention-no-sep"])
@@ -198,8 +212,13 @@ def test_mistakes_are_told() -> None:
     both = pair()[2:]
     with pytest.raises(ConfigError, match=r"needs the id of \[SEP\]"):
         distill(*both, loss="hsk", compress="1l_10t_0.1h")
+    with pytest.raises(ConfigError, match="separator=99, but the teacher's token ids end at 98"):
+        distill(*both, compress=Compression(length=3, separator=99))
+    distill(*both, compress=Compression(length=3, separator=98))
     with pytest.raises(ConfigError, match="keeps 9 layers, the plan has 3"):
         distill(*both, compress="9l")
+    with pytest.raises(ConfigError, match="keeps 1 layer, the plan has 0 hidden taps"):
+        distill(*both, compress="1l", hidden=0)
     with pytest.raises(ConfigError, match="cannot be read"):
         distill(*both, compress="ten tokens")
     with pytest.raises(ConfigError, match="compress=3"):

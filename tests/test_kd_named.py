@@ -104,6 +104,37 @@ def test_fit_tells_the_schedule(tmp_path: Any) -> None:
     assert ["hidden" in line for line in lines] == [True] * 2 + [False] * 6
 
 
+def test_a_term_of_ones_own_as_the_page_adds_it(tmp_path: Any) -> None:
+    from test_docs import ROOT, blocks, run
+    from test_kd_cache import data
+
+    student, _, *both = pair()
+    plain, kd = distill(*both).eval(), distill(*both).eval()
+    with pytest.raises(ConfigError, match="A term of your own"):
+        distill(*both, loss=lambda out: out)  # type: ignore[arg-type]
+    page = "docs/distillation.md"
+    assert "## A term of your own\n" in (ROOT / page).read_text(encoding="utf-8")
+    (code,) = [b for b in blocks(page) if "my_terms" in b]
+    run(code, {"kd": kd})
+    ours = student(**batch(), output_hidden_states=True)
+    unsure = torch.distributions.Categorical(logits=ours.logits).entropy().mean()
+    term = 0.1 * unsure + 0.01 * ours.hidden_states[-1].square().mean()
+    got, want = kd(**batch()), plain(**batch())
+    assert (got.loss - want.loss).item() == pytest.approx(term.item(), rel=1e-3)
+    assert got.parts["unsure"].item() == pytest.approx(unsure.item(), rel=1e-5)
+    name = "bert.encoder.layer.1.output.LayerNorm.weight"
+    mine, theirs = (torch.autograd.grad(o.loss, both[0].gm.get_parameter(name))[0] for o in (got, want))
+    torch.testing.assert_close(mine - theirs, torch.autograd.grad(term, student.get_parameter(name))[0])
+    fit(kd, data(8), out_dir=tmp_path, steps=2, lr=0.0, batch_size=4)
+    lines = (tmp_path / "log.tsv").read_text().splitlines()[1:]
+    for line in lines:
+        parts = {k: float(v) for k, v in (p.split("=") for p in line.split("\t")[-1].split())}
+        weights = {**dict.fromkeys(parts, 1.0), "unsure": 0.1, "large": 0.01}
+        assert float(line.split("\t")[1]) == pytest.approx(sum(weights[k] * v for k, v in parts.items()), rel=1e-4)
+        assert set(parts) == {"hidden", "attention", "logits", "unsure", "large"}
+    assert len(lines) == 2
+
+
 def test_a_loss_is_written_down_and_read_again() -> None:
     made = Loss(compress=Compression.parse("1l_10t_0.1h", separator=102), schedule="two-stage", temperature=2.0)
     assert Loss.from_dict(made.to_dict()) == made
@@ -115,6 +146,8 @@ def test_mistakes_are_told() -> None:
     both = pair()[2:]
     with pytest.raises(ConfigError, match="no loss 'kd'"):
         distill(*both, loss="kd")
+    with pytest.raises(ConfigError, match=r"no loss \['kdlsq'\]"):
+        distill(*both, loss=["kdlsq"])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no 'hiden'"):
         distill(*both, hiden=1.0)
     for wrong in ({"schedule": "late"}, {"share": 1.0}, {"regression": "none"}):
