@@ -92,6 +92,11 @@ class Compression:
             sizes[name] = int(match[1]) if match[1] else float(match[3])
         return cls(**sizes, **more)
 
+    def sized(self, text: str) -> Compression:
+        """The same strategies with the sizes that a text says."""
+        sizes = Compression.parse(text)
+        return replace(self, depth=sizes.depth, length=sizes.length, width=sizes.width)
+
     def __str__(self) -> str:
         length = 1 if self.tokens == "cls" else self.length
         sizes = [f"{size}{of}" for size, of in ((self.depth, "l"), (length, "t")) if size]

@@ -63,7 +63,7 @@ class Loss:
         return self.schedule == "joint" or first == (progress < self.share)
 
     def changed(self, changes: Mapping[str, Any]) -> Loss:
-        """With other fields; ConfigError for a name that is none."""
+        """With other fields, of ``compress`` as text only the sizes; ConfigError for a name that is none."""
         names = [f.name for f in fields(self)]
         wrong = [name for name in changes if name not in names]
         if wrong:
@@ -71,6 +71,9 @@ class Loss:
             if wrong[0] in PLANNED:
                 do = f"it belongs to the plan: plan=kq.plan_taps(student, teacher, {wrong[0]}=...)"
             raise ConfigError(f"a loss has no {wrong[0]!r}", do=do)
+        sizes = changes.get("compress")
+        if isinstance(sizes, str) and self.compress is not None:
+            changes = {**changes, "compress": self.compress.sized(sizes)}
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

@@ -153,3 +153,10 @@ def test_mistakes_are_told() -> None:
     for wrong in ({"schedule": "late"}, {"share": 1.0}, {"regression": "none"}):
         with pytest.raises(ConfigError):
             distill(*both, **wrong)
+
+
+def test_sizes_as_text_leave_the_strategies_of_the_loss() -> None:
+    release = named_loss("hsk-release").changed({"compress": "1l_10t_0.1h"})
+    assert release.compress == Compression(depth=1, length=10, width=0.1, features="magnitude-batch")
+    assert release.changed({"compress": "2l"}).compress == Compression(depth=2, features="magnitude-batch")
+    assert named_loss("hsk").changed({"compress": "2l"}).compress == Compression(depth=2)
