@@ -27,6 +27,7 @@ _WHERE = {
     "match_graphs": "matching",
     "graph_pass": "pipeline",
     "Trace": "pipeline",
+    "StudentCallback": "trainer",
     "QSpec": "qconfig",
     "Rule": "qconfig",
     "QConfig": "qconfig",
@@ -41,6 +42,7 @@ __all__ = [
     "QConfig",
     "QSpec",
     "Rule",
+    "StudentCallback",
     "Tap",
     "TapPlan",
     "Trace",
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     from .qconfig import QConfig, QSpec, Rule, preset
     from .tap_plan import TapPlan
     from .taps import Tap
+    from .trainer import StudentCallback
 
 
 def __getattr__(name: str) -> Any:

@@ -129,7 +129,8 @@ class Distiller(nn.Module):
         if self.loss.schedule == "joint" or not self.training:
             return self.weights
         if self.progress is None:
-            do = "train with kdlsq_fx.train.fit, or set kd.progress = step / steps before each step"
+            do = "train with kdlsq_fx.train.fit, give the Hugging Face Trainer callbacks=[kq.StudentCallback()], "
+            do += "or set kd.progress = step / steps before each step of your own loop"
             raise ConfigError("a two-stage loss has to know how much of the run is done", where="schedule", do=do)
         return {k: v if self.loss.counts(k, self.progress) else 0.0 for k, v in self.weights.items()}
 

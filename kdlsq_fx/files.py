@@ -178,12 +178,23 @@ def check_stage(folder: Path, stage: str) -> None:
 
 def _holds_floats(path: Path) -> bool:
     """True of a safetensors file that neither we wrote nor a trainer that saved one of our models."""
+    names, layout = _header(path)
+    return bool(names) and not layout and not any("_lsq." in name for name in names)
+
+
+def _saved_by_a_trainer(path: Path) -> str:
+    """What of ours a safetensors file holds the plain ``state_dict`` of: ``qat``, ``kd`` (a distiller), "" for none."""
+    tops = {"gm.": "qat", "student.gm.": "kd"}
+    return next((tops[top] for name in _header(path)[0] for top in tops if name.startswith(top)), "")
+
+
+def _header(path: Path) -> tuple[list[str], bool]:
+    """(names of the tensors, did we write it) of a safetensors file; ([], False) of any other."""
     try:
         with safe_open(path, "np") as file:
-            ours = "layout" in (file.metadata() or {}) or any("_lsq." in name for name in file.keys())  # noqa: SIM118
+            return list(file.keys()), "layout" in (file.metadata() or {})
     except (OSError, SafetensorError):
-        return False
-    return not ours
+        return [], False
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -198,6 +209,10 @@ def read_info(folder: Path) -> dict[str, Any]:
         what, do = "is a file, not a folder", "give a folder written by save_pretrained"
     elif inside:
         what, do = "is no qat or int folder itself", f"give {' or '.join(map(str, inside))}"
+    elif kind := _saved_by_a_trainer(folder / WEIGHTS):
+        what = f"was written by the Hugging Face Trainer: weights of a {kind}, without what the model is"
+        do = f"build the same {kind} again, {kind}.load_state_dict(safetensors.torch.load_file('{folder / WEIGHTS}')), "
+        do += f"{kind}.save_pretrained('{folder / 'qat'}'); callbacks=[kq.StudentCallback()] writes such folders"
     elif (folder / "config.json").is_file() and (_holds_floats(weights) or not weights.exists()):
         what, do = "holds a model without quantizers", "quantize it first: prepare_qat, or `kdlsq-fx train --model`"
     else:

@@ -25,8 +25,8 @@ class Loss:
                     over 384 positions makes them small)
     ``compress``    what is kept of the teacher's hidden states; text such as ``"1l_10t_0.1h"`` is parsed
     ``schedule``    ``"joint"``: all terms all the time. ``"two-stage"``: hidden, attention and pooled for the first
-                    ``share`` of the run, then logits and gold alone (HSK). ``fit`` tells the share that is done; in
-                    a loop of your own set ``kd.progress = step / steps``.
+                    ``share`` of the run, then logits and gold alone (HSK). ``fit`` tells the share that is done, and
+                    ``kq.StudentCallback`` under the Trainer; in a loop of your own set ``kd.progress = step / steps``.
     """
 
     hidden: float = 1.0

@@ -149,7 +149,7 @@ def fit(
             factor = schedule(step, total, warmup)
             for group, rate in zip(optimizer.param_groups, base):
                 group["lr"] = rate * factor
-            _tell(model, step / total)
+            tell(model, step / total)
             seed_generators(seed, step)
             behind, mean = mean, _step(loop, optimizer, data, rows, clip, stop, f"step {step + 1}, {folder}")
             if behind is not None:
@@ -183,7 +183,7 @@ def schedule(step: int, total: int, warmup: float = 0.0) -> float:
     return (step + 1) / rise if step < rise else (total - step) / max(total - rise, 1)
 
 
-def _tell(model: torch.nn.Module, done: float) -> None:
+def tell(model: torch.nn.Module, done: float) -> None:
     """A loss with a schedule (a Distiller's) goes by the share of the run that is done."""
     if hasattr(model, "progress"):
         setattr(model, "progress", done)  # noqa: B010 (nn.Module types its attributes as tensors)
