@@ -237,8 +237,13 @@ def _learning(args: argparse.Namespace, dataset: Any, tokenizer: Any, *, names: 
     settings = job.Settings(
         epochs=args.epochs, lr=args.lr, batch_size=args.batch_size, seed=args.seed, precision=args.precision
     )
-    told = {"teacher": not args.no_teacher, "cache": str(args.cache or "")}
-    recipe = job.Recipe(settings=settings, gold=args.gold, dropout=args.dropout, **told)
+    recipe = job.Recipe(
+        settings=settings,
+        gold=args.gold,
+        dropout=args.dropout,
+        teacher=not args.no_teacher,
+        cache=str(args.cache or ""),
+    )
     learned = job.with_texts(dataset, args.more, tokenizer, recipe) if args.more else dataset
     padded = cli_learning.check_models(*names, learned)
     if args.cache is None:
