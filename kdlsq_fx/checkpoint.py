@@ -15,9 +15,7 @@ from typing import Any
 import torch
 
 from kdlsq_fx.errors import CheckpointError, TrainingError
-from kdlsq_fx.files import FORMAT, make_folder, not_finite, read_json, read_tensors, write_json, write_tensors
-
-RUN = "run.json"
+from kdlsq_fx.files import FORMAT, RUN, make_folder, not_finite, read_json, read_tensors, write_json, write_tensors
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:

@@ -1,4 +1,7 @@
-"""``kdlsq-fx cache``, and the options of ``train`` that say what a student learns from."""
+"""``kdlsq-fx cache``: a teacher's targets on disk, to train without the teacher.
+
+Loads neither torch nor transformers: ``--help`` has to be quick.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kdlsq_fx import cli_data
-from kdlsq_fx.cli_parts import at_least, command, positive, resumable, say
+from kdlsq_fx import cli_data, cli_learning
+from kdlsq_fx.cli_parts import at_least, command, resumable, say
 from kdlsq_fx.errors import ConfigError
-
-LOSSES = ("kdlsq", "kdlsq-release", "ternarybert", "ternarybert-release", "hsk", "hsk-release")  # kd_named loads torch
-TOKENS = ("left", "right", "cls", "attention", "attention-no-sep")
-FEATURES = ("magnitude", "magnitude-batch", "random", "uniform")
-CHOSEN = {"tokens": "attention-no-sep", "features": "magnitude", "mask": "teacher"}
-SPAN = 100.0
 
 
 def add(commands: Any) -> None:
@@ -28,101 +25,68 @@ def add(commands: Any) -> None:
     p.add_argument("--store", choices=("fp16", "fp32", "int8"), default="fp16", help="of hidden states and attention")
     p.add_argument("--batch-size", type=at_least(1), default=64, help="rows of a batch of the teacher")
     p.add_argument("--seed", type=at_least(0), default=42, help="of a new head of the student")
-    add_loss(p, loss="hsk", compress="1l_10t_0.1h")
-
-
-def add_loss(p: argparse.ArgumentParser, *, loss: str | None, compress: str | None) -> None:
-    """``--loss`` and what is kept of the teacher's hidden states; None: kdlsq and whole, where nothing was given."""
-    text = "what the student learns from the teacher" + ("" if loss else " (default: kdlsq)")
-    p.add_argument("--loss", choices=LOSSES, default=loss, help=text)
-    text = "what is kept of the hidden states: 1l_10t_0.1h is 1 layer, 10 tokens, a tenth of the features; whole: all"
-    p.add_argument("--compress", default=compress, help=text + ("" if compress else " (default: whole)"))
-    kept = "(with --compress; default: {})"
-    for name, choices, text in (
-        ("tokens", TOKENS, "which tokens are kept"),
-        ("features", FEATURES, "which features are kept"),
-        ("mask", ("teacher", "both"), "on which side the others are 0"),
-    ):
-        p.add_argument(f"--{name}", choices=choices, help=f"{text} {kept.format(CHOSEN[name])}")
-    text = "weight of start and end (--task squad; default: 100, as in KDLSQ's release); their mean is small"
-    p.add_argument("--span", type=positive, help=text)
-
-
-def add_training(p: argparse.ArgumentParser) -> None:
-    """The options of ``train``."""
-    p.add_argument("--cache", type=Path, help="learn from a folder made by `kdlsq-fx cache`, without a teacher")
-    add_loss(p, loss=None, compress=None)
-
-
-def chosen_loss(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
-    """The keywords of ``distill`` that the options ask for. ConfigError for a choice among what is kept whole."""
-    from kdlsq_fx.compression import Compression
-
-    chosen = {"loss": args.loss or "kdlsq"} | ({"span": args.span or SPAN} if args.task == cli_data.SQUAD else {})
-    given = {name: getattr(args, name) for name in CHOSEN if getattr(args, name)}
-    if args.compress in (None, "whole"):
-        for name in given:
-            do = "leave it away, or say with --compress how much is kept, such as 1l_10t_0.1h"
-            raise ConfigError("everything of the hidden states is kept", where=f"--{name}", do=do)
-        return chosen
-    compress = Compression.parse(args.compress, separator=tokenizer.sep_token_id, **given)
-    return chosen | {"compress": compress}
-
-
-def check_training(args: argparse.Namespace) -> None:
-    """ConfigError for options of ``train`` that cannot go together, CheckpointError for a cache that is not there:
-    said before any work."""
-    from kdlsq_fx.kd_cache import Cache
-
-    learning = [f"--{name}" for name in ("loss", "compress", *CHOSEN, "span") if getattr(args, name)]
-    if args.cache is not None:
-        if args.no_teacher or args.teacher:
-            do = "leave --no-teacher and --teacher away; --model names where the student starts"
-            raise ConfigError("a cache takes the place of the teacher", where="--cache", do=do)
-        if learning:
-            do = f"leave {', '.join(learning)} away"
-            raise ConfigError("a cache has its loss and compression", where="--cache", do=do)
-        Cache.open(args.cache)
-    wants = ["--teacher"] * bool(args.teacher) + learning + ["--more"] * bool(args.more)
-    if args.no_teacher and wants:
-        do = f"leave {', '.join(wants)} away, or --no-teacher" + "; --model names the start" * bool(args.teacher)
-        raise ConfigError(f"without a teacher there is nothing that {wants[0]} could mean", where="--no-teacher", do=do)
-
-
-def recipe_of(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
-    """The fields of ``job.Recipe`` that say what a student of ``train`` learns from."""
-    if args.cache is not None:
-        return {"teacher": True, "cache": str(args.cache)}
-    return {"teacher": not args.no_teacher, "distil": chosen_loss(args, tokenizer)}
+    cli_learning.add_loss(p, loss="hsk", compress="1l_10t_0.1h")
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
     from kdlsq_fx import opening
-    from kdlsq_fx.api import prepare_qat
-    from kdlsq_fx.distillation import distill
-    from kdlsq_fx.files import make_folder
+    from kdlsq_fx.files import check_no_model, make_folder
     from kdlsq_fx.kd_cache_build import build_cache
-    from kdlsq_fx.limits import check_fits
 
+    _check(args)
+    check_no_model(args.out)
     make_folder(args.out)  # a wrong name is said before any work
-    source = opening.model_source(args.teacher)
-    tokenizer = opening.load_tokenizer(source)
+    teacher = opening.model_source(args.teacher)
+    student = opening.model_source(args.model) if args.model else teacher
+    tokenizer = cli_learning.shared_tokenizer(student, teacher)
     dataset, _, _ = cli_data.load(args, tokenizer)
-    opening.check_teacher(source, dataset.task)
-    teacher = opening.load_task_model(source, dataset.task, seed=args.seed).eval()
-    start = teacher
-    if args.model:
-        start = opening.load_task_model(opening.model_source(args.model), dataset.task, seed=args.seed)
-    for model in (teacher, start):
-        check_fits(model, dataset)
-    kd = distill(prepare_qat(start, args.qconfig), teacher, **chosen_loss(args, tokenizer))
-    kd.to("cuda" if torch.cuda.is_available() else "cpu")
+    opening.check_teacher(teacher, dataset.task)
+    padded = cli_learning.check_models(student, teacher, dataset)
+    loss = cli_learning.chosen_loss(args, tokenizer.sep_token_id, padded=padded)
+    kd = _distiller(student, teacher, dataset.task, args, loss)
     say(f"{dataset.task.name}: {len(dataset.train)} rows of train\n{kd.report()}")
+    before = _written(args.out)
     with resumable(args.out):
         cache = build_cache(
             kd, dataset.train, args.out, store=args.store, batch_size=args.batch_size, tokenizer=tokenizer
         )
+    if _written(args.out) == before:
+        say(f"{args.out} was complete already, nothing was added")
     print(cache.report())
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """ConfigError for options that cannot be, and for a loss that cannot be stored."""
+    from kdlsq_fx.kd_named import named_loss
+
+    chosen = cli_learning.chosen_loss(args)
+    compress = chosen.get("compress")
+    do = f"or learn with the teacher running: kdlsq-fx train --teacher {args.teacher}"
+    if named_loss(args.loss).padding == "paper":
+        stored = args.loss.removesuffix("-release")
+        what = "padded positions count in it, and they are not stored"
+        raise ConfigError(what, where=f"--loss {args.loss}", do=f"give --loss {stored}, {do} --loss {args.loss}")
+    if compress is not None and compress.features == "magnitude-batch" and compress.width < 1:
+        what = "which features it keeps depends on the batch, and batches change"
+        do = f"give --features magnitude, which chooses for each token, {do} --features magnitude-batch"
+        raise ConfigError(what, where="--features magnitude-batch", do=do)
+
+
+def _distiller(student: str, teacher: str, task: Any, args: argparse.Namespace, loss: dict[str, Any]) -> Any:
+    """The student with its loss and teacher, on the GPU where there is one."""
+    import torch
+
+    from kdlsq_fx.api import prepare_qat
+    from kdlsq_fx.distillation import distill
+    from kdlsq_fx.opening import load_task_model
+
+    above = load_task_model(teacher, task, seed=args.seed).eval()
+    start = above if student == teacher else load_task_model(student, task, seed=args.seed)
+    kd = distill(prepare_qat(start, args.qconfig), above, **loss)
+    return kd.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _written(folder: Path) -> dict[str, int]:
+    """When each shard was written, in nanoseconds."""
+    return {p.name: p.stat().st_mtime_ns for p in folder.glob("shard-*.safetensors")}

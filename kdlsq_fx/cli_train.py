@@ -6,11 +6,12 @@ Loads neither torch nor transformers: ``--help`` has to be quick.
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdlsq_fx import cli_cache, cli_data, kg_cli
+from kdlsq_fx import cli_data, cli_learning, kg_cli
 from kdlsq_fx.cli_parts import (
     TARGETS,
     add_device,
@@ -47,7 +48,7 @@ def add(commands: Any) -> None:
     add_device(p)
     kg_cli.add_train_options(p)
     p.add_argument("--no-teacher", action="store_true", help="train on the labels alone (plain QAT)")
-    cli_cache.add_training(p)
+    cli_learning.add_training(p)
     p.add_argument("--dropout", type=probability, help="of the student (default: the model's; the teacher has none)")
     p.add_argument("--gold", action="store_true", help="add the labels' own loss to the distillation")
     text = "files or folders whose texts the student also follows its teacher on; their labels are not read"
@@ -55,65 +56,126 @@ def add(commands: Any) -> None:
     p.add_argument("--target", default="ort-cpu", choices=TARGETS, help="what the ONNX file is for")
 
 
+@dataclass(kw_only=True)
+class _Work:
+    """What the options ask for, opened and checked. ``rules``: qconfig by name. ``source``: folder or hub name of where
+    students start; ``teacher``: that of the teacher, "" where it is the same model. ``learned``: the data set with
+    ``--more`` texts. ``fp32``: how the start is fine-tuned."""
+
+    args: argparse.Namespace
+    rules: dict[str, Any]
+    source: str
+    teacher: str
+    tokenizer: Any
+    dataset: Any
+    learned: Any
+    recipe: Any
+    fp32: Any
+    measure: Any
+    figures: tuple[str, ...]
+
+    def students(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Name and keywords of each student, as ``job.student`` and ``job.preset_rows`` take them."""
+        for name, qconfig in self.rules.items():
+            own = None if name in self.args.qconfig else qconfig  # None: a preset by its name
+            yield name, {"out": self.args.out, "recipe": self.recipe, "qconfig": own}
+
+
 def run(args: argparse.Namespace) -> int:
     from kdlsq_fx import job, opening, processes
-    from kdlsq_fx.files import belongs_to, make_folder, write_text
+    from kdlsq_fx.files import make_folder, write_text
 
-    chosen = _qconfigs(args)
-    cli_cache.check_training(args)
+    rules = _qconfigs(args)
+    cli_learning.check_training(args)
     make_folder(args.out)
     processes.join()
     with resumable(args.out):
-        wanted = args.teacher if args.teacher and args.model == "minilm" else args.model
-        source = opening.model_source(wanted)
-        taught_by = opening.model_source(args.teacher) if args.teacher else None
-        tokenizer = opening.load_tokenizer(source)
-        dataset, measure, figures = cli_data.load(args, tokenizer)
-        say(f"{dataset.task.name}: {len(dataset.train)} rows of train, {len(dataset.dev)} of dev")
-        recipe, learned = _learning(args, dataset, tokenizer, names=(source, taught_by or source))
-        if taught_by:
-            opening.check_teacher(taught_by, dataset.task)
-        fp32 = replace(
-            recipe.settings, epochs=fp32_epochs(args, source, dataset.task), lr=args.fp32_lr, warmup=0.1, clip=1.0
-        )
-        for name, qconfig in chosen.items():
-            if not (args.out / name / "qat").is_dir():
-                _rehearse(source, dataset, qconfig, args.target, skip=kg_cli.skipped(args))
-        hashes = {"train": dataset.train.fingerprint, "dev": dataset.dev.fingerprint}
-        belongs_to(args.out, {"model": source, "data": hashes, "fp32": vars(fp32)})
-        for name, qconfig in chosen.items():
-            mine = {"recipe": asdict(recipe), "teacher": args.teacher, "target": args.target}
-            mine |= {"qconfig": qconfig.to_dict()} | ({"more": learned.train.fingerprint} if args.more else {})
-            belongs_to(make_folder(args.out / name), mine)
-        start = job.start_model(source, dataset, tokenizer, out=args.out, settings=fp32)
-        teacher = (
-            opening.load_task_model(taught_by, dataset.task, seed=args.seed).eval() if taught_by is not None else start
-        )
-        rules = {name: None if name in args.qconfig else q for name, q in chosen.items()}  # None: a preset by its name
+        work = _opened(args, rules)
+        _rehearse_all(work)
+        _remember(work)
+        start = job.start_model(work.source, work.dataset, work.tokenizer, out=args.out, settings=work.fp32)
+        teacher = start
+        if work.teacher:
+            teacher = opening.load_task_model(work.teacher, work.dataset.task, seed=args.seed).eval()
         if processes.size() > 1:  # together as long as there is training; the first then goes on alone
-            for name, own in rules.items():
-                job.student(start, teacher, learned, tokenizer, name, out=args.out, recipe=recipe, qconfig=own)
+            for name, how in work.students():
+                job.student(start, teacher, work.learned, work.tokenizer, name, **how)
             first = processes.first()
             processes.leave()
             if not first:
                 return 0
-        kept = args.out / "fp32" if taught_by is None else Path(taught_by)
-        size = job.weight_bytes(kept if kept.is_dir() else Path(source))
-        rows = [measure("fp32", "fp32", teacher, dataset, size=size)]
-        say(f"fp32 {rows[0].scores['headline']:.2f}")
-        for name, own in rules.items():
-            for row in job.preset_rows(
-                start, teacher, learned, tokenizer, name, out=args.out, recipe=recipe, target=args.target, qconfig=own,
-                skip=kg_cli.skipped(args), measure=measure,
-            ):  # fmt: skip
-                say(f"{row.preset} {row.model} {row.scores['headline']:.2f}")
-                rows.append(row)
-    text = job.table(dataset.task, rows, figures)
+        rows = []
+        for row in _rows(work, start, teacher):
+            named = " ".join(dict.fromkeys((row.preset, row.model)))
+            say(f"{named} {row.scores['headline']:.2f}")
+            rows.append(row)
+    text = job.table(work.dataset.task, rows, work.figures)
     print(text)
     write_text(args.out / "table.md", text + "\n")
-    write_text(args.out / "table.json", job.rows_json(dataset, rows))
+    write_text(args.out / "table.json", job.rows_json(work.dataset, rows))
     say(f"written to {args.out}/table.md and table.json")
     return 0
+
+
+def _opened(args: argparse.Namespace, rules: dict[str, Any]) -> _Work:
+    """Errors for models, data and a cache that are not there or do not go together."""
+    from kdlsq_fx import opening
+
+    source = opening.model_source(args.teacher if args.teacher and args.model == "minilm" else args.model)
+    teacher = opening.model_source(args.teacher) if args.teacher else source
+    tokenizer = cli_learning.shared_tokenizer(source, teacher)
+    dataset, measure, figures = cli_data.load(args, tokenizer)
+    say(f"{dataset.task.name}: {len(dataset.train)} rows of train, {len(dataset.dev)} of dev")
+    recipe, learned = _learning(args, dataset, tokenizer, names=(source, teacher))
+    if args.teacher:
+        opening.check_teacher(teacher, dataset.task)
+    fp32 = replace(
+        recipe.settings, epochs=fp32_epochs(args, source, dataset.task), lr=args.fp32_lr, warmup=0.1, clip=1.0
+    )
+    apart = args.teacher and (teacher != source or fp32.epochs)
+    return _Work(
+        args=args, rules=rules, source=source, teacher=teacher if apart else "", tokenizer=tokenizer, dataset=dataset,
+        learned=learned, recipe=recipe, fp32=fp32, measure=measure, figures=figures,
+    )  # fmt: skip
+
+
+def _rehearse_all(work: _Work) -> None:
+    """What training would begin and end with, for the students that are not there yet."""
+    args, dataset = work.args, work.dataset
+    missing = [qconfig for name, qconfig in work.rules.items() if not (args.out / name / "qat").is_dir()]
+    for qconfig in missing[:1]:  # the plan is the same for all
+        cli_learning.rehearse(work.source, work.teacher or work.source, dataset, qconfig, work.recipe)
+    for qconfig in missing:
+        _rehearse(work.source, dataset, qconfig, args.target, skip=kg_cli.skipped(args))
+
+
+def _remember(work: _Work) -> None:
+    """Writes down what the folders are made with; ConfigError where they hold a run of other options."""
+    from kdlsq_fx.files import belongs_to, make_folder
+
+    args, dataset = work.args, work.dataset
+    hashes = {"train": dataset.train.fingerprint, "dev": dataset.dev.fingerprint}
+    belongs_to(args.out, {"model": work.source, "data": hashes, "fp32": vars(work.fp32)})
+    for name, qconfig in work.rules.items():
+        mine = {"recipe": asdict(work.recipe), "teacher": args.teacher, "target": args.target}
+        mine |= {"qconfig": qconfig.to_dict()} | ({"more": work.learned.train.fingerprint} if args.more else {})
+        belongs_to(make_folder(args.out / name), mine)
+
+
+def _rows(work: _Work, start: Any, teacher: Any) -> Iterator[Any]:
+    """The rows of the table: ``fp32``, where students start; ``teacher``, where that is another model; then those of
+    each student."""
+    from kdlsq_fx import job
+
+    tuned = work.args.out / "fp32"
+    models = {"fp32": (start, tuned if tuned.is_dir() else Path(work.source))}
+    if work.teacher:
+        models = {"teacher": (teacher, Path(work.teacher)), **models}
+    for name, (model, folder) in models.items():
+        yield work.measure(name, "fp32", model, work.dataset, size=job.weight_bytes(folder))
+    for name, how in work.students():
+        how |= {"target": work.args.target, "skip": kg_cli.skipped(work.args), "measure": work.measure}
+        yield from job.preset_rows(start, teacher, work.learned, work.tokenizer, name, **how)
 
 
 def _rehearse(source: str, dataset: Any, qconfig: Any, target: str, *, skip: tuple[str, ...]) -> None:
@@ -166,21 +228,25 @@ def _qconfigs(args: argparse.Namespace) -> dict[str, Any]:
     return chosen
 
 
-def _learning(args: argparse.Namespace, dataset: Any, tokenizer: Any, *, names: tuple[str, ...]) -> tuple[Any, Any]:
+def _learning(args: argparse.Namespace, dataset: Any, tokenizer: Any, *, names: tuple[str, str]) -> tuple[Any, Any]:
     """The student's recipe, and the data set with ``--more`` texts. InputError for a cache of another data set, and
-    for rows that do not fit one of the models ``names``."""
-    from kdlsq_fx import job, opening
+    for rows that do not fit one of the models ``names``, the student and the teacher."""
+    from kdlsq_fx import job
     from kdlsq_fx.kd_cache import Cache
-    from kdlsq_fx.limits import check_fits
 
     settings = job.Settings(
         epochs=args.epochs, lr=args.lr, batch_size=args.batch_size, seed=args.seed, precision=args.precision
     )
-    learning = cli_cache.recipe_of(args, tokenizer)
-    recipe = job.Recipe(settings=settings, gold=args.gold, dropout=args.dropout, **learning)
+    recipe = job.Recipe(
+        settings=settings,
+        gold=args.gold,
+        dropout=args.dropout,
+        teacher=not args.no_teacher,
+        cache=str(args.cache or ""),
+    )
     learned = job.with_texts(dataset, args.more, tokenizer, recipe) if args.more else dataset
-    for name in dict.fromkeys(names):
-        check_fits(opening.load_config(name), learned)
-    if recipe.cache:
-        Cache.open(recipe.cache).source(dataset.train, tokenizer)
+    padded = cli_learning.check_models(*names, learned)
+    if args.cache is None:
+        return replace(recipe, distil=cli_learning.chosen_loss(args, tokenizer.sep_token_id, padded=padded)), learned
+    Cache.open(args.cache).source(dataset.train, tokenizer)
     return recipe, learned

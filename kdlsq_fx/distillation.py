@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from .tap_plan import PREFIX, TapPlan, counted
 from .taps import Tap, node_at, output_names, token_axes, vocabulary
 
 __all__ = ["DistillOutput", "Distiller", "distill"]
+
+FINDING = ("layer_map", "projections", "same_tokenizer")  # options of plan_taps that go through distill
 
 
 class Distiller(nn.Module):
@@ -220,7 +222,7 @@ def distill(
     *,
     loss: str | Loss = "kdlsq",
     cache: str | Path | Cache | None = None,
-    plan: TapPlan | None = None,
+    plan: TapPlan | Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Distiller:
     """Put a distillation loss around ``qat``; its targets come from a running teacher, or from a cache of one.
@@ -248,7 +250,8 @@ def distill(
             the batches then need ``example_id``.
         plan: which values are compared; taps of a loss of weight 0 are left out. None: ``plan_taps`` finds one, with
             projections for another width and the uniform layer map for another depth, and a warning tells what cannot
-            be compared (attention with another number of heads, tokens of another tokenizer).
+            be compared (attention with another number of heads, tokens of another tokenizer). A dict: it finds one
+            with these of its options: ``{"layer_map": "top"}``, ``projections``, ``same_tokenizer``.
         changes: fields of the loss that are to differ: ``hidden, attention, logits, gold, pooled, temperature,
             regression, span, compress, schedule, share``, and ``padding``. ``padding="exclude"``: rows and columns of
             padded positions leave every mean; each example is averaged over its own tokens, then the examples are
@@ -269,12 +272,7 @@ def distill(
     check_options(qat, teacher, weights, chosen.temperature, chosen.padding)
     assert isinstance(teacher, nn.Module)
     frozen = frozen_teacher(teacher, qat)
-    if plan is not None and not isinstance(plan, TapPlan):
-        raise ConfigError(
-            f"plan is a {type(plan).__name__}", do="use plan_taps(student, teacher) or TapPlan.load(path)"
-        )
-    plan = found_plan(qat, frozen, weights) if plan is None else plan.only([k for k, v in weights.items() if v])
-    plan = upper(plan, chosen.compress)
+    plan = upper(_plan_of(qat, frozen, weights, plan), chosen.compress)
     check_plan(qat, frozen, plan)
     check_outputs(qat, frozen, weights, plan)
     if chosen.compress is not None:
@@ -293,8 +291,23 @@ def _check_rows(wanted: Wanted, rows: int) -> None:
             raise InputError(what, do="give both sides the same rows")
 
 
+def _plan_of(
+    qat: QuantModel, teacher: QuantModel, weights: dict[str, float], plan: TapPlan | Mapping[str, Any] | None
+) -> TapPlan:
+    """The plan that was given, without taps of no weight; or the one that is found with these options."""
+    if isinstance(plan, TapPlan):
+        return plan.only([k for k, v in weights.items() if v])
+    if not isinstance(plan, Mapping | None):
+        do = "use plan_taps(student, teacher) or TapPlan.load(path)"
+        raise ConfigError(f"plan is a {type(plan).__name__}", do=do)
+    options = dict(plan or {})
+    if unknown := sorted(set(options) - set(FINDING)):
+        raise ConfigError(f"a plan is not found by {unknown[0]!r}", where="plan", do=f"give {', '.join(FINDING)}")
+    return found_plan(qat, teacher, weights, **options)
+
+
 def _from_cache(
-    qat: QuantModel, cache: str | Path | Cache, plan: TapPlan | None, loss: str | Loss, changes: dict[str, Any]
+    qat: QuantModel, cache: str | Path | Cache, plan: Any, loss: str | Loss, changes: dict[str, Any]
 ) -> Distiller:
     """A Distiller whose targets were stored before."""
     if plan is not None or loss != "kdlsq":
@@ -313,9 +326,13 @@ def upper(plan: TapPlan, compress: Compression | None) -> TapPlan:
     if compress is None or compress.depth is None:
         return plan
     hidden = [t for t in plan.taps if t.loss == "hidden"]
+    if not hidden:
+        what = "compress keeps some of the hidden states, and the plan has no hidden taps"
+        do = "leave compress away, or distil from a teacher whose hidden states can be compared: see the plan's notes"
+        raise ConfigError(what + (f" ({'; '.join(plan.notes)})" if plan.notes else ""), where="compress", do=do)
     if compress.depth > len(hidden):
         what = f"compress keeps {counted(compress.depth, 'layer')}, the plan has {counted(len(hidden), 'hidden tap')}"
-        raise ConfigError(what, do=f"keep at most {len(hidden)}, or set hidden above 0")
+        raise ConfigError(what, do=f"keep at most {len(hidden)}")
     gone = hidden[: -compress.depth]
     return plan.with_taps(t for t in plan.taps if t not in gone)
 

@@ -22,6 +22,7 @@ from .run_int import ProgramError, unpack
 FORMAT = 1
 INFO = "kdlsq.json"
 SETTINGS = "settings.json"
+RUN = "run.json"
 WEIGHTS = "model.safetensors"
 # how the names of a tokenizer's files begin
 TOKENIZER_FILES = ("tokenizer", "vocab", "special_tokens", "added_tokens", "merges", "spm", "spiece", "sentencepiece")
@@ -174,6 +175,14 @@ def check_stage(folder: Path, stage: str) -> None:
     if found != stage:
         what = f"{'an' if found == 'int' else 'a'} {found} model stands in {folder}"
         raise CheckpointError(what, do=f"name another folder for the {stage} model, or remove what is there")
+
+
+def check_no_model(folder: Path) -> None:
+    """CheckpointError for a folder that holds a model or a run: what is no part of either has no place in it."""
+    found = next((name for name in (INFO, "config.json", WEIGHTS, SETTINGS, RUN) if (folder / name).is_file()), "")
+    if found:
+        kind = "run" if found in (SETTINGS, RUN) else "model"
+        raise CheckpointError(f"a {kind} stands in {folder} ({found})", do="name another folder")
 
 
 def _holds_floats(path: Path) -> bool:

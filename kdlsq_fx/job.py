@@ -106,7 +106,6 @@ def student(
     (then the second value is None). With ``qconfig`` ``preset`` is only its name."""
     from kdlsq_fx.api import from_pretrained
     from kdlsq_fx.calibration import param_groups
-    from kdlsq_fx.distillation import distill
     from kdlsq_fx.kd_cache import Cache
 
     folder = out / preset / "qat"
@@ -118,16 +117,10 @@ def student(
         for module in qat.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = recipe.dropout
-    loop: torch.nn.Module = qat
     source: Source = dataset.train
-    if recipe.teacher or recipe.cache:
-        weights: dict[str, Any] = ({"gold": 1.0} if recipe.gold else {}) | (recipe.distil or {})
-        if recipe.cache:
-            cache = Cache.open(recipe.cache)
-            source = cache.source(dataset.train, tokenizer)
-            loop = distill(qat, cache=cache, **weights)
-        else:
-            loop = distill(qat, teacher, **weights)
+    if recipe.cache:
+        source = Cache.open(recipe.cache).source(dataset.train, tokenizer)
+    loop = learner(qat, teacher, recipe)
     loop.to(dataset.device)
     groups = param_groups(loop, lr=settings.lr, **(recipe.scales or {}))
     title = f"{preset} {dataset.task.name}"
@@ -139,6 +132,17 @@ def student(
         drop_state(out / preset / "run")
     processes.wait()
     return qat, done
+
+
+def learner(qat: Any, teacher: torch.nn.Module | None, recipe: Recipe) -> Any:
+    """What is trained: the qat module with the recipe's loss around it, or itself where labels alone count. Not read
+    with a cache: ``teacher``."""
+    from kdlsq_fx.distillation import distill
+
+    if not recipe.teacher and not recipe.cache:
+        return qat
+    weights = ({"gold": 1.0} if recipe.gold else {}) | (recipe.distil or {})
+    return distill(qat, cache=recipe.cache, **weights) if recipe.cache else distill(qat, teacher, **weights)
 
 
 def with_texts(

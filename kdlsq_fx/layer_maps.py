@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from .errors import ConfigError
 
 LayerMap = str | Mapping[int, int]
-NAMES = "'uniform', 'top', 'skip', 'hsk:L' (L: the highest layer of the teacher to learn from), or a dict"
+NAMES = "'uniform', 'top', 'skip', 'hsk:L' (L: the highest layer of the teacher to learn from)"
 
 
 def layer_pairs(layer_map: LayerMap, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
@@ -39,15 +39,19 @@ def layer_pairs(layer_map: LayerMap, student: int, teacher: int) -> tuple[tuple[
     return pairs
 
 
+def check_name(name: str) -> None:
+    """ConfigError where no layer map is called so."""
+    if name not in ("uniform", "top", "skip") and not re.fullmatch(r"hsk:\d+", name):
+        raise ConfigError(f"there is no layer map {name!r}", do=f"use {NAMES}")
+
+
 def _named(name: str, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
+    check_name(name)
     layers = range(student + 1)
-    hsk = re.fullmatch(r"hsk:(\d+)", name)
-    if hsk:
-        return tuple((n, round(n * int(hsk[1]) / student)) for n in layers)
+    if name.startswith("hsk:"):
+        return tuple((n, round(n * int(name[4:]) / student)) for n in layers)
     if name == "uniform":
         return tuple((n, round(n * teacher / student)) for n in layers)
-    if name not in ("top", "skip"):
-        raise ConfigError(f"there is no layer map {name!r}", do=f"use {NAMES}")
     if teacher < student:
         what = f"the layer map {name!r} needs a teacher at least as deep: {student} layers cannot learn from {teacher}"
         raise ConfigError(what, do="use 'uniform'")
@@ -58,7 +62,7 @@ def _named(name: str, student: int, teacher: int) -> tuple[tuple[int, int], ...]
 
 def _given(pairs: Mapping[int, int]) -> tuple[tuple[int, int], ...]:
     if not isinstance(pairs, Mapping) or not pairs:
-        raise ConfigError(f"{pairs!r} is no layer map", do=f"use {NAMES}")
+        raise ConfigError(f"{pairs!r} is no layer map", do=f"use {NAMES}, or a dict")
     wrong = [v for pair in pairs.items() for v in pair if type(v) is not int]
     if wrong:
         raise ConfigError(f"{wrong[0]!r} in the layer map is no layer", do="use whole numbers: {1: 2, 2: 4}")

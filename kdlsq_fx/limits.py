@@ -41,22 +41,22 @@ def kinds_of(config: Any) -> int:
     return int(getattr(config, "type_vocab_size", 0) or 0)
 
 
-def check_fits(model: Any, dataset: Dataset, *, train: bool = True) -> None:
+def check_fits(model: Any, dataset: Dataset, *, train: bool = True, name: str = "the model") -> None:
     """InputError where a row is longer than the positions of a model, or an id or a token type outside its tables.
     ``model``: or its configuration; an ONNX file has no limits that could be known. ``train=False``: only what is
-    measured counts."""
+    measured counts. ``name``: what the error calls the model."""
     config = getattr(model, "config", model)
     vocab, positions = getattr(model, "_limits", None) or configured_limits(config)
     kinds = kinds_of(config)
     if kinds > 1 and getattr(dataset.train, "types", kinds) is None:
-        what = f"the tokenizer gives no token types, the model has {kinds}: all tokens count as type 0, in pairs too"
+        what = f"the tokenizer gives no token types, {name} has {kinds}: all tokens count as type 0, in pairs too"
         warnings.warn(f"{what}; use the tokenizer that belongs to this model", stacklevel=2)
-    for name, (longest, largest, kind) in dataset.extents(train=train).items():
-        of, do = f"{name} of {dataset.task.name}", "use the tokenizer that belongs to this model"
+    for split, (longest, largest, kind) in dataset.extents(train=train).items():
+        of, do = f"{split} of {dataset.task.name}", "use a model and a tokenizer that belong together"
         if positions and longest > positions:
-            what = f"a row has {longest} tokens, the model {positions} positions"
+            what = f"a row has {longest} tokens, {name} {positions} positions"
             raise InputError(what, where=of, do=f"give --max-length {positions} or less")
         if vocab and largest >= vocab:
-            raise InputError(f"an id is {largest}, the model has a vocabulary of {vocab}", where=of, do=do)
+            raise InputError(f"an id is {largest}, {name} has a vocabulary of {vocab}", where=of, do=do)
         if kinds and kind >= kinds:
-            raise InputError(f"a token type is {kind}, the model has {kinds}", where=of, do=do)
+            raise InputError(f"a token type is {kind}, {name} has {kinds}", where=of, do=do)

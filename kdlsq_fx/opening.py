@@ -108,9 +108,17 @@ def load_config(source: str) -> Any:
 def check_teacher(source: str, task: Task) -> None:
     """ConfigError for a model that was never fine-tuned for the task (a random head), or has other classes."""
     if not fits_task(source, task):
-        do = "fine-tune one first: kdlsq-fx train leaves it in OUT/fp32"
-        raise ConfigError(f"the teacher is no model of {task.name}", where=source, do=do)
+        found, needed = _told(*_found_head(source)), _told(_head(task), task.outputs)
+        what = f"the teacher is no model of {task.name}: it has {found}, {task.name} needs {needed}"
+        raise ConfigError(what, where=source, do="fine-tune one first: kdlsq-fx train leaves it in OUT/fp32")
     _check_head(source, task)
+
+
+def _told(kind: str, width: int) -> str:
+    """A head in words."""
+    if kind == CLASSIFIER:
+        return f"a head of {width} classes" if width > 1 else "a head of one output (regression)"
+    return "a head that marks spans" if kind else "no head"
 
 
 def fits_task(source: str, task: Task) -> bool:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_glue import write_model, write_sst
+from tiny_glue import WORDS, bert, write_model, write_sst
 
-from kdlsq_fx import cli_cache
+import kdlsq_fx as kq
+from kdlsq_fx import cli_learning, job
 from kdlsq_fx.cli import main
 from kdlsq_fx.compression import FEATURES, TOKENS
 from kdlsq_fx.kd_cache import Cache
@@ -19,7 +20,7 @@ QUICK = ["--qconfig", "W8E8A8", "--epochs", "2", "--lr", "1e-3", "--batch-size",
 
 
 def test_the_names_are_those_of_the_library() -> None:
-    assert (tuple(LOSSES), TOKENS, FEATURES) == (cli_cache.LOSSES, cli_cache.TOKENS, cli_cache.FEATURES)
+    assert (tuple(LOSSES), TOKENS, FEATURES) == (cli_learning.LOSSES, cli_learning.TOKENS, cli_learning.FEATURES)
 
 
 def test_a_student_trained_on_a_cache_is_the_one_trained_with_the_teacher(
@@ -32,8 +33,9 @@ def test_a_student_trained_on_a_cache_is_the_one_trained_with_the_teacher(
     loss = ["--loss", "hsk", "--compress", "2l_4t_0.5h"]
     build = ["cache", *what, "--teacher", str(model), "--out", str(tmp_path / "cache"), *loss, "--store", "fp32"]
     assert main(build) == 0
-    assert "96 examples" in capsys.readouterr().out
-    assert main(build) == 0  # nothing is left to do
+    first = capsys.readouterr()
+    assert "96 examples" in first.out and "complete already" not in first.err
+    assert main(build) == 0 and "complete already" in capsys.readouterr().err
     assert main([*build, "--mask", "both"]) == 1 and "another loss" in capsys.readouterr().err
     start = ["train", *what, "--model", str(model), *QUICK]
     assert main([*start, "--out", str(tmp_path / "live"), *loss]) == 0
@@ -59,8 +61,10 @@ def test_a_student_trained_on_a_cache_is_the_one_trained_with_the_teacher(
     ("more", "says"),
     [
         (["--no-teacher"], "takes the place of the teacher"),
-        (["--loss", "hsk"], "has its loss"),
-        (["--compress", "1l"], "has its loss"),
+        (["--loss", "hsk"], "has its plan"),
+        (["--compress", "1l"], "loss and compression"),
+        (["--layer-map", "top"], "has its plan"),
+        (["--plan", "plan.json"], "has its plan"),
     ],
 )
 def test_options_that_contradict_a_cache(
@@ -78,3 +82,53 @@ def test_a_teacher_of_no_task_is_told(tmp_path: Path, capsys: pytest.CaptureFixt
     (model / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
     assert main(["cache", "--data", str(folder), "--teacher", str(model), "--out", str(tmp_path / "c")]) == 1
     assert "no model of sst2" in capsys.readouterr().err
+
+
+def test_a_cache_for_another_width_is_told_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, model = write_sst(tmp_path / "sst2", train=16), write_model(tmp_path / "bert")
+    wide = write_model(tmp_path / "wide", hidden_size=32)
+    build = ["cache", "--data", str(folder), "--teacher", str(model), "--out", str(tmp_path / "cache")]
+    assert main([*build, "--compress", "1l_4t_0.5h"]) == 0
+    for name in ("fit", "calibrated"):
+        monkeypatch.delattr(job, name)
+    argv = ["train", "--data", str(folder), "--model", str(wide), "--fp32-epochs", "1", "--out", str(tmp_path / "out")]
+    assert main([*argv, "--cache", str(tmp_path / "cache")]) == 1
+    assert "the cache was made for one 16 wide" in capsys.readouterr().err
+
+
+def test_a_teacher_of_its_own_has_a_row_and_the_plan_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A deeper teacher with a padded token table and no tokenizer; the map is part of what the folder remembers."""
+    folder, model, out = write_sst(tmp_path / "sst2", train=32), write_model(tmp_path / "bert"), tmp_path / "out"
+    bert(num_hidden_layers=3, vocab_size=len(WORDS) + 8).save_pretrained(tmp_path / "deep")
+    argv = ["train", "--data", str(folder), "--model", str(model), "--teacher", str(tmp_path / "deep"), *QUICK]
+    argv += ["--epochs", "1", "--fp32-epochs", "1", "--out", str(out)]
+    assert main([*argv, "--layer-map", "top"]) == 0
+    said = capsys.readouterr()
+    assert "layer map top: 0<-0  1<-2  2<-3" in said.err and "is taken to read the student's ids" in said.err
+    rows = {r["model"]: r for r in json.loads((out / "table.json").read_text())["rows"]}
+    assert list(rows) == ["teacher", "fp32", "min-max PTQ", "student (qat)", "integer", "ONNX"]
+    assert "| teacher | fp32 |" in (out / "table.md").read_text()
+    weights = {name: job.weight_bytes(path) for name, path in (("teacher", tmp_path / "deep"), ("fp32", out / "fp32"))}
+    assert {name: rows[name]["size"] for name in weights} == weights and weights["teacher"] > weights["fp32"] > 0
+    assert main([*argv, "--layer-map", "skip"]) == 1
+    assert "another recipe.distil.plan.layer_map ('top' there, 'skip' here)" in capsys.readouterr().err
+
+
+def test_a_plan_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, model = write_sst(tmp_path / "sst2", train=16), write_model(tmp_path / "bert")
+    plan = kq.plan_taps(bert(), bert(), layer_map={1: 2}, kinds=["hidden"])
+    options = ["--data", str(folder), "--plan", str(plan.save(tmp_path / "plan.json"))]
+    compress = ["--compress", "1l_4t_0.5h"]
+    assert main(["cache", *options, "--teacher", str(model), "--out", str(tmp_path / "cache"), *compress]) == 0
+    assert Cache.open(tmp_path / "cache").plan.layers() == {1: (2,)} and "1<-2" in capsys.readouterr().err
+    out = tmp_path / "out"
+    argv = ["train", *options, "--model", str(model), "--out", str(out), *QUICK, "--epochs", "1"]
+    assert main(argv) == 0
+    terms = (out / "W8E8A8" / "run" / "log.tsv").read_text().splitlines()[1]
+    assert "hidden=" in terms and "attention=" not in terms
+    plan.with_taps(()).save(tmp_path / "plan.json")
+    assert main(argv) == 1 and "recipe.distil.plan.taps" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from families import tiny
 from tiny_glue import WORDS, bert, tokenizer, write_model, write_sst
 
 import kdlsq_fx as kq
-from kdlsq_fx import cli_cache, cli_parts, cli_train, hub, job, opening
+from kdlsq_fx import cli_learning, cli_parts, cli_train, hub, job, opening
 from kdlsq_fx.cli import main
 from kdlsq_fx.compression import Compression
 from kdlsq_fx.data import load
@@ -49,6 +49,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (at / "empty").mkdir()
     tiny("modernbert", vocab_size=len(WORDS) + 5).save_pretrained(at / "modern")
     tokenizer().save_pretrained(at / "modern")
+    shutil.copytree(at / "clf", at / "other")  # as many words, two of them in each other's place
+    words = (at / "other" / "tokenizer.json").read_text()
+    words = words.replace('"good"', '"?"').replace('"bad"', '"good"').replace('"?"', '"bad"')
+    (at / "other" / "tokenizer.json").write_text(words)
+    for name, changes in (("small", {"vocab_size": 9}), ("three", {"num_labels": 3}), ("score", {"num_labels": 1})):
+        bert(**changes).save_pretrained(at / name)  # without a tokenizer
+    kq.plan_taps(bert(), bert()).save(at / "plan.json")
+    kq.plan_taps(bert(), bert(), same_tokenizer=False).save(at / "own.json")
     for name in ("a", "b"):
         (at / name).mkdir()
         (at / name / "mine.json").write_text(kq.preset("W8E8A8").to_json())
@@ -56,6 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TRAIN = ["train", "--out", "o", "--data", "sst2", "--model", "enc"]
+CACHE = ["cache", "--out", "o", "--data", "sst2", "--teacher", "clf"]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +105,32 @@ TRAIN = ["train", "--out", "o", "--data", "sst2", "--model", "enc"]
         ),
         ([*TRAIN[:-1], "run/int"], "a model of stage int, this needs a float one", "the float model"),
         ([*TRAIN[:-1], "empty"], "no config.json", "the folder of a Hugging Face model"),
-        ([*TRAIN, "--teacher", "enc"], "the teacher is no model of sst2", "fine-tune one first"),
+        (
+            [*TRAIN, "--teacher", "enc"],
+            "no model of sst2: it has no head, sst2 needs a head of 2",
+            "fine-tune one first",
+        ),
+        ([*TRAIN, "--teacher", "three"], "it has a head of 3 classes, sst2 needs a head of 2", "fine-tune one first"),
+        ([*TRAIN, "--teacher", "score"], "it has a head of one output (regression), sst2", "fine-tune one first"),
+        ([*TRAIN, "--teacher", "other"], "different tokenizers, those of enc and other", "kdlsq_fx.data.Paired"),
+        ([*TRAIN, "--teacher", "small"], "the teacher small has a vocabulary of 9", "belong together"),
+        ([*TRAIN, "--layer-map", "hsk"], "there is no layer map 'hsk' [at --layer-map]", "--plan FILE for another"),
+        ([*TRAIN, "--layer-map", "hsk:3"], "names layer 3 of the teacher, which has layers 0 to 2", "use 'uniform'"),
+        ([*TRAIN, "--plan", "nosuch.json"], "there is no plan in nosuch.json", "plan_taps(...).save(path)"),
+        ([*TRAIN, "--plan", "own.json"], "reads tokens of its own", "teacher_inputs as shared"),
+        ([*TRAIN, "--no-teacher", "--layer-map", "top"], "nothing that --layer-map could mean", "leave --layer-map"),
+        ([*CACHE, "--model", "other"], "different tokenizers, those of other and clf", "kdlsq_fx.data.Paired"),
+        ([*CACHE, "--out", "clf"], "a model stands in clf (config.json)", "name another folder"),
+        ([*CACHE, "--out", "run/int"], "a model stands in run/int (kdlsq.json)", "name another folder"),
+        ([*CACHE, "--teacher", "x", "--compress", "foo"], "'foo' cannot be read [at --compress foo]", "1l_10t_0.1h"),
+        ([*CACHE, "--teacher", "x", "--compress", "0l_4t"], "depth=0 [at --compress 0l_4t]", "keep at least one"),
+        (
+            [*CACHE, "--teacher", "x", "--tokens", "left", "--compress", "whole"],
+            "everything of the hidden states is kept",
+            "leave it away",
+        ),
+        ([*CACHE, "--loss", "hsk-release"], "padded positions count in it", "--loss hsk, or learn with the teacher"),
+        ([*CACHE, "--features", "magnitude-batch"], "depends on the batch", "give --features magnitude, which"),
         ([*TRAIN, "--cache", "nocache"], "no distillation cache there", "kdlsq-fx cache --out nocache"),
         ([*TRAIN, "--no-teacher", "--loss", "hsk"], "nothing that --loss could mean", "leave --loss away, or --no-t"),
         ([*TRAIN, "--no-teacher", "--compress", "1l"], "nothing that --compress could mean", "leave --compress away"),
@@ -308,4 +342,4 @@ def test_only_what_will_be_made_is_rehearsed() -> None:
 
 
 def test_help_tells_the_defaults_of_a_compression() -> None:
-    assert {name: getattr(Compression.parse("1l"), name) for name in cli_cache.CHOSEN} == cli_cache.CHOSEN
+    assert {name: getattr(Compression.parse("1l"), name) for name in cli_learning.CHOSEN} == cli_learning.CHOSEN

@@ -93,6 +93,9 @@ def test_a_shallower_student_learns_from_the_mapped_layers() -> None:
     want = sum(F.mse_loss(a[i], b[j]) for i, j in ((0, 0), (1, 2), (2, 4)))
     assert kd(**data).loss.item() == pytest.approx(float(want), rel=1e-5)
     assert not kd.projections and kd.plan.layers() == {0: (0,), 1: (2,), 2: (4,)}
+    assert distill(qat, deep, plan={"layer_map": "top"}).plan.layers() == {0: (0,), 1: (3,), 2: (4,)}
+    with pytest.raises(ConfigError, match="not found by 'map'"):
+        distill(qat, deep, plan={"map": "top"})
     top = plan_taps(qat, deep, layer_map="top", kinds=["attention"])
     assert tuple(t.teacher for t in top.taps) == tuple(top.teacher.attention)[-2:]
 
@@ -227,6 +230,8 @@ def test_across_tokenizers_each_side_needs_its_inputs() -> None:
     _, qat, _, graph = strangers()
     with pytest.warns(UserWarning, match="hidden taps left out: two tokenizers"):
         kd = distill(qat, graph)
+        with pytest.raises(ConfigError, match="the plan has no hidden taps .*two tokenizers"):
+            distill(qat, graph, compress="1l")
     with pytest.raises(InputError, match="no teacher_input_ids"):
         kd(**batch())
     with pytest.raises(InputError, match="teacher_input_ids.*both models read one batch"):
