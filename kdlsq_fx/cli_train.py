@@ -152,12 +152,14 @@ def _rehearse_all(work: _Work) -> None:
 def _remember(work: _Work) -> None:
     """Writes down what the folders are made with; ConfigError where they hold a run of other options."""
     from kdlsq_fx.files import belongs_to, make_folder
+    from kdlsq_fx.kd_cache import Cache
 
     args, dataset = work.args, work.dataset
     hashes = {"train": dataset.train.fingerprint, "dev": dataset.dev.fingerprint}
     belongs_to(args.out, {"model": work.source, "data": hashes, "fp32": vars(work.fp32)})
     for name, qconfig in work.rules.items():
-        mine = {"recipe": asdict(work.recipe), "teacher": args.teacher, "target": args.target}
+        recipe = asdict(work.recipe) | ({"cache": Cache.open(args.cache).fingerprint} if args.cache else {})
+        mine = {"recipe": recipe, "teacher": args.teacher, "target": args.target}
         mine |= {"qconfig": qconfig.to_dict()} | ({"more": work.learned.train.fingerprint} if args.more else {})
         belongs_to(make_folder(args.out / name), mine)
 

@@ -50,6 +50,12 @@ def test_a_student_trained_on_a_cache_is_the_one_trained_with_the_teacher(
     assert rows[0]["model"] == "student (qat)" and rows[0]["scores"] == rows[1]["scores"]
     assert Cache.open(tmp_path / "cache").index["tokenizer"]
 
+    index = tmp_path / "cache" / "cache.json"
+    kept = index.read_text()
+    index.write_text(json.dumps(json.loads(kept) | {"teacher": "another"}))  # the same folder, other targets
+    assert main([*start, "--out", str(tmp_path / "cached"), "--cache", str(tmp_path / "cache")]) == 1
+    assert "another recipe.cache" in capsys.readouterr().err
+    index.write_text(kept)
     other = write_sst(tmp_path / "other" / "sst2", seed=1)
     capsys.readouterr()
     argv = ["train", "--data", str(other), "--model", str(model), *QUICK, "--out", str(tmp_path / "x")]
