@@ -114,7 +114,7 @@ def test_a_teacher_of_its_own_has_a_row_and_the_plan_is_told(
     argv += ["--epochs", "1", "--fp32-epochs", "1", "--out", str(out)]
     assert main([*argv, "--layer-map", "top"]) == 0
     said = capsys.readouterr()
-    assert "layer map top: 0<-0  1<-2  2<-3" in said.err and "is taken to read the student's ids" in said.err
+    assert "layers: 0<-0  1<-2  2<-3" in said.err and "is taken to read the student's ids" in said.err
     rows = {r["model"]: r for r in json.loads((out / "table.json").read_text())["rows"]}
     assert list(rows) == ["teacher", "fp32", "min-max PTQ", "student (qat)", "integer", "ONNX"]
     assert "| teacher | fp32 |" in (out / "table.md").read_text()
