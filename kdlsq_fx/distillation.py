@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from . import kd_losses as losses
 from .compression import Compression, Kept
 from .distill_output import DistillOutput
 from .errors import ConfigError, InputError
+from .graph import site_of
 from .kd_cache import Cache
+from .kd_fields import output_axes
 from .kd_named import Loss, named_loss
-from .kd_setup import check_options, check_outputs, check_plan
+from .kd_setup import check_options, check_plan, check_stages, compared
 from .kd_targets import (
     Targets,
     Teacher,
@@ -116,10 +119,9 @@ class Distiller(nn.Module):
         _check_rows(wanted, next(iter(inputs.values())).shape[0])
         flat, values = self._unregistered[1](*(inputs[n] for n in self.student.input_names))
         fields = dict(zip(output_names(self.student), flat))
-        weight = token_weight(inputs, self.loss.padding)
-        parts = self._between(values, wanted.taps, weight, weights, inputs.get("attention_mask"))
-        if weights["logits"] and not any(t.loss == "logits" for t in self.taps):
-            parts["logits"] = self._logits(fields, wanted.outputs, weight, labels)
+        parts: dict[str, torch.Tensor] = {}
+        for name, term in self._terms(values, fields, wanted, weights, inputs, labels):
+            parts[name] = parts[name] + term if name in parts else term
         if weights["gold"]:
             self._want_labels(labels, "gold has a weight", "set gold=0")
             parts["gold"] = self.student.pack(flat, labels)["loss"]
@@ -141,21 +143,24 @@ class Distiller(nn.Module):
         if not labels:
             raise InputError(f"{why} but the batch has no labels", do=f"pass labels=, or {do}")
 
-    def _between(
+    def _terms(
         self,
         values: tuple[torch.Tensor, ...],
-        wanted: tuple[Kept, ...],
-        weight: torch.Tensor | None,
+        fields: dict[str, torch.Tensor],
+        wanted: Wanted,
         weights: dict[str, float],
-        mask: torch.Tensor | None,
-    ) -> dict[str, torch.Tensor]:
-        """Terms at the taps: for each loss the sum over its taps."""
-        parts: dict[str, torch.Tensor] = {}
-        for tap, lie, value, kept in zip(self.taps, self._lie, values, wanted):
+        inputs: dict[str, torch.Tensor],
+        labels: dict[str, Any],
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(loss, term) of each tap and of each output of the plan."""
+        weight, mask = token_weight(inputs, self.loss.padding), inputs.get("attention_mask")
+        for tap, lie, value, kept in zip(self.taps, self._lie, values, wanted.taps):
             if weights[tap.loss]:
-                term = self._at(tap, axes_handed(tap, lie), self._handed(tap, lie, value, mask), kept, weight)
-                parts[tap.loss] = parts[tap.loss] + term if tap.loss in parts else term
-        return parts
+                ours, axes = self._handed(tap, lie, value, mask), axes_handed(tap, lie)
+                yield tap.loss, self._at(tap, axes, ours, kept, weight, labels)
+        for name in (self.plan.outputs or ()) if weights["logits"] else ():
+            s, t = fields[name], wanted.outputs[name]
+            yield "logits", self._logits(s, t, output_axes(name, s), weight, labels)
 
     def _handed(self, tap: Tap, lie: tuple[int, ...], value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The student's value as the loss gets it: tokens first, pooled, projected."""
@@ -166,7 +171,13 @@ class Distiller(nn.Module):
         return self.projections[tap.projection](value) if tap.projection else value
 
     def _at(
-        self, tap: Tap, axes: tuple[int, ...], value: torch.Tensor, kept: Kept, weight: torch.Tensor | None
+        self,
+        tap: Tap,
+        axes: tuple[int, ...],
+        value: torch.Tensor,
+        kept: Kept,
+        weight: torch.Tensor | None,
+        labels: dict[str, Any],
     ) -> torch.Tensor:
         """The term of one tap."""
         if kept.positions is not None:
@@ -178,32 +189,29 @@ class Distiller(nn.Module):
         if tap.loss == "pooled":
             return losses.pooled(value, kept.values)
         if tap.loss == "logits":
-            return losses.soft_cross_entropy(value, kept.values, weight if 1 in axes else None, self.loss.temperature)
+            return self._logits(value, kept.values, axes, weight, labels)
         return losses.mse(value, kept.values, weight, axes, losses.MASKED if tap.loss == "attention" else None)
 
     def _logits(
         self,
-        fields: dict[str, torch.Tensor],
-        wanted: dict[str, torch.Tensor],
+        s: torch.Tensor,
+        t: torch.Tensor,
+        axes: tuple[int, ...],
         weight: torch.Tensor | None,
         labels: dict[str, Any],
     ) -> torch.Tensor:
-        """The term at the logits of any head."""
-        temperature = self.loss.temperature
-        if "start_logits" in fields:
-            pairs = [(fields[k], wanted[k]) for k in ("start_logits", "end_logits")]
-            start, end = (losses.span_cross_entropy(s, t, weight, temperature) for s, t in pairs)
-            return (start + end) * self.loss.span
-        s, kind = fields["logits"], getattr(self.config, "problem_type", None)
+        """The term at logits of any head; ``axes``: their dimensions that run over tokens."""
+        temperature, kind = self.loss.temperature, getattr(self.config, "problem_type", None)
+        if s.dim() == 2 and axes:
+            return losses.span_cross_entropy(s, t, weight, temperature) * self.loss.span
         if s.dim() == 2 and (kind == "regression" or s.shape[-1] == 1):
             if self.loss.regression == "teacher":
-                return losses.mse(s, wanted["logits"])
+                return losses.mse(s, t)
             self._want_labels(labels, "regression='gold'", "set regression='teacher'")
             return losses.mse(s, labels["labels"].view(s.shape).to(s.dtype))
-        t = wanted["logits"]
         if s.dim() == 2 and kind == "multi_label_classification":
             return losses.soft_binary(s, t, temperature)
-        return losses.soft_cross_entropy(s, t, weight if s.dim() == 3 else None, temperature)
+        return losses.soft_cross_entropy(s, t, weight if 1 in axes else None, temperature)
 
     def save_pretrained(self, path: str | Path, *args: Any, **kwargs: Any) -> Path:
         """Write the student alone; see :meth:`QuantModel.save_pretrained`."""
@@ -248,7 +256,8 @@ def distill(
             :class:`kdlsq_fx.kd_named.Loss`. With a cache: the one it was made for. A term of your own: that page.
         cache: a folder that ``kdlsq-fx cache`` made, in place of a teacher. It brings the plan and the compression;
             the batches then need ``example_id``.
-        plan: which values are compared; taps of a loss of weight 0 are left out. None: ``plan_taps`` finds one, with
+        plan: which values are compared; taps of a loss of weight 0 are left out, with a warning unless ``changes`` say
+            that weight. Logits are those of its ``outputs`` and taps. None: ``plan_taps`` finds one, with
             projections for another width and the uniform layer map for another depth, and a warning tells what cannot
             be compared (attention with another number of heads, tokens of another tokenizer). A dict: it finds one
             with these of its options: ``{"layer_map": "top"}``, ``projections``, ``same_tokenizer``.
@@ -260,7 +269,8 @@ def distill(
             padded queries and hidden states of padding count in full).
 
     Raises:
-        ConfigError: weights or options make no sense; no taps; a plan of other networks; shapes differ at a tap.
+        ConfigError: weights or options make no sense; no taps; a stage without a term; a plan of other networks; shapes
+            differ at a tap.
         CheckpointError: the cache is damaged or not finished.
     """
     if (teacher is None) == (cache is None):
@@ -268,13 +278,17 @@ def distill(
     if cache is not None:
         return _from_cache(qat, cache, plan, loss, changes)
     chosen = named_loss(loss).changed(changes)
-    weights = chosen.weights
-    check_options(qat, teacher, weights, chosen.temperature, chosen.padding)
+    check_options(qat, teacher, chosen)
     assert isinstance(teacher, nn.Module)
     frozen = frozen_teacher(teacher, qat)
-    plan = upper(_plan_of(qat, frozen, weights, plan), chosen.compress)
-    check_plan(qat, frozen, plan)
-    check_outputs(qat, frozen, weights, plan)
+    plan = _plan_of(qat, frozen, chosen.weights, plan)
+    if lost := sorted({t.loss for t in plan.taps if not chosen.weights[t.loss]} - set(changes)):
+        do = ", ".join(f"{k}=1.0" for k in lost)
+        warnings.warn(f"taps of the plan are left out, their weight is 0; to learn from them say {do}", stacklevel=2)
+    plan, weights = compared(qat, plan, chosen.weights)
+    check_plan(qat, frozen, plan, chosen.compress)
+    plan = upper(qat, plan, chosen.compress)
+    check_stages(chosen, weights)
     if chosen.compress is not None:
         entries = vocabulary(frozen.gm, frozen.config)
         chosen = replace(chosen, compress=chosen.compress.with_separator(separator_of(frozen.config), entries))
@@ -294,9 +308,9 @@ def _check_rows(wanted: Wanted, rows: int) -> None:
 def _plan_of(
     qat: QuantModel, teacher: QuantModel, weights: dict[str, float], plan: TapPlan | Mapping[str, Any] | None
 ) -> TapPlan:
-    """The plan that was given, without taps of no weight; or the one that is found with these options."""
+    """The plan that was given, or the one that is found with these options."""
     if isinstance(plan, TapPlan):
-        return plan.only([k for k, v in weights.items() if v])
+        return plan
     if not isinstance(plan, Mapping | None):
         do = "use plan_taps(student, teacher) or TapPlan.load(path)"
         raise ConfigError(f"plan is a {type(plan).__name__}", do=do)
@@ -316,16 +330,18 @@ def _from_cache(
     opened = cache if isinstance(cache, Cache) else Cache.open(cache)
     chosen = opened.loss_with(changes)
     weights = chosen.weights
-    check_options(qat, None, weights, chosen.temperature, chosen.padding)
+    check_options(qat, None, chosen)
     opened.check(qat, weights)
+    check_stages(chosen, weights)
     return _signed(qat, "example_id")(qat, opened, opened.plan, weights, chosen)
 
 
-def upper(plan: TapPlan, compress: Compression | None) -> TapPlan:
+def upper(qat: QuantModel, plan: TapPlan, compress: Compression | None) -> TapPlan:
     """The plan without the lower hidden taps that a compression in depth leaves out."""
     if compress is None or compress.depth is None:
         return plan
-    hidden = [t for t in plan.taps if t.loss == "hidden"]
+    order = {site_of(n): i for i, n in enumerate(qat.gm.graph.nodes)}
+    hidden = sorted((t for t in plan.taps if t.loss == "hidden"), key=lambda t: order[t.student])
     if not hidden:
         what = "compress keeps some of the hidden states, and the plan has no hidden taps"
         do = "leave compress away, or distil from a teacher whose hidden states can be compared: see the plan's notes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -10,6 +11,7 @@ from .compression import Compression
 from .errors import ConfigError
 
 TERMS = ("hidden", "attention", "logits", "gold", "pooled")
+PADDING = ("exclude", "paper")
 REGRESSION = ("teacher", "gold")
 SCHEDULES = ("joint", "two-stage")
 PLANNED = ("layer_map", "kinds", "projections", "same_tokenizer")  # what plan_taps is asked for
@@ -21,8 +23,8 @@ class Loss:
 
     ``regression``  what one output (STS-B) learns from: ``"teacher"`` its output (TernaryBERT), ``"gold"`` the label in
                     its place (the releases of KDLSQ and HSK)
-    ``span``        weight of start + end beside ``logits``, for question answering (KDLSQ's release: 100, since a mean
-                    over 384 positions makes them small)
+    ``span``        factor of start + end, for question answering (KDLSQ's release: 100 beside hidden states and
+                    attention, since a mean over 384 positions makes them small, and 1 without them)
     ``compress``    what is kept of the teacher's hidden states; text such as ``"1l_10t_0.1h"`` is parsed
     ``schedule``    ``"joint"``: all terms all the time. ``"two-stage"``: hidden, attention and pooled for the first
                     ``share`` of the run, then logits and gold alone (HSK). ``fit`` tells the share that is done, and
@@ -47,10 +49,16 @@ class Loss:
             object.__setattr__(self, "compress", Compression.parse(self.compress))
         if self.compress is not None and not isinstance(self.compress, Compression):
             raise ConfigError(f"compress={self.compress!r}", do="use Compression(...), or text such as '1l_10t_0.1h'")
-        for name, known in (("regression", REGRESSION), ("schedule", SCHEDULES)):
+        for name, known in (("padding", PADDING), ("regression", REGRESSION), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown", do=f"use one of {', '.join(known)}")
-        if not 0 < self.share < 1:
+        for name in (*TERMS, "temperature", "span", "share"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (value == 0 and name not in TERMS):
+                do = f"use a finite number, {'0 or more' if name in TERMS else 'above 0'}"
+                raise ConfigError(f"{name}={value!r} makes no sense", do=do)
+        if self.share >= 1:
             raise ConfigError(f"share={self.share!r}", do="give the first stage a share of the run between 0 and 1")
 
     @property

@@ -17,7 +17,7 @@ from .kd_losses import sentence_vectors
 from .kd_named import Loss
 from .model import QuantModel
 from .planning import captured
-from .tap_plan import PREFIX, TapPlan
+from .tap_plan import OUTPUTS, PREFIX, TapPlan
 from .taps import Tap, find_taps, node_at, output_names, token_axes, turned
 
 EOS_SEPARATES = ("albert", "camembert", "mpnet", "roberta", "xlm-roberta")  # their configurations call [SEP] eos
@@ -64,7 +64,7 @@ class Teacher:
         inputs = self.model.fill(self._inputs(given, inputs), values=not self.checked)
         flat, values = self.graph(*(inputs[n] for n in self.model.input_names))
         fields = dict(zip(output_names(self.model), flat))
-        outputs = {k: v for k, v in fields.items() if k in ("logits", "start_logits", "end_logits")}
+        outputs = {k: v for k, v in fields.items() if k in OUTPUTS}
         scores = dict(zip(self.scores, values[len(self.taps) :]))
         weight = token_weight(inputs, self.loss.padding)
         kept = (self._kept(i, v, weight, scores.get(i), inputs) for i, v in enumerate(values[: len(self.taps)]))

@@ -34,7 +34,7 @@ def layer_pairs(layer_map: LayerMap, student: int, teacher: int) -> tuple[tuple[
     ):
         wrong = [n for n in layers if not 0 <= n <= count]
         if wrong:
-            what = f"layer map {layer_map!r} names layer {wrong[0]} of the {side}, which has layers 0 to {count}"
+            what = f"layer map {layer_map!r} names layer {wrong[-1]} of the {side}, which has layers 0 to {count}"
             raise ConfigError(what, do=f"use {NAMES}")
     return pairs
 

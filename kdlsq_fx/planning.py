@@ -15,8 +15,8 @@ from .layer_maps import LayerMap, layer_pairs
 from .matching import match_graphs
 from .model import QuantModel, wrap
 from .qconfig import QConfig
-from .tap_plan import Side, TapPlan
-from .taps import Found, Tap, find_taps, output_names, shape_of, vocabulary, width_of
+from .tap_plan import OUTPUTS, Side, TapPlan
+from .taps import Found, Tap, find_taps, output_names, shape_of, shape_text, vocabulary, width_of
 
 KINDS = ("hidden", "attention", "pooled")
 TOKENS = ("hidden", "attention")
@@ -40,7 +40,10 @@ def plan_taps(
       stands for a head of the other. Block l has none where map(l) has none: layer 0, or a convolution.
     * pooled: the mean of the last hidden state over each side's own tokens.
     * With another tokenizer tokens do not correspond: only pooled taps and the logits of whole sentences are left, and
-      the teacher reads inputs of its own. What is left out stands in the plan's ``notes``.
+      the teacher reads inputs of its own.
+    * outputs: the logits that both have in one shape.
+
+    What is left out stands in the plan's ``notes``.
 
     Args:
         student, teacher: QuantModels, or modules that ``prepare_qat`` takes (they are captured, not changed).
@@ -54,9 +57,20 @@ def plan_taps(
     Raises:
         ConfigError: options make no sense; the map names layers that are not there; a kind asked for is not there.
     """
+    return _draft(student, teacher, layer_map, kinds, projections, same_tokenizer).plan()
+
+
+def _draft(
+    student: nn.Module,
+    teacher: nn.Module,
+    layer_map: LayerMap = "uniform",
+    kinds: Iterable[str] | None = None,
+    projections: str = "shared",
+    same_tokenizer: bool | None = None,
+) -> Draft:
     if projections not in SHARING:
         raise ConfigError(f"projections={projections!r} is unknown", do=f"use one of {', '.join(SHARING)}")
-    asked = None if kinds is None else tuple(kinds)
+    asked = None if kinds is None else (kinds,) if isinstance(kinds, str) else tuple(kinds)
     unknown = [k for k in asked or () if k not in KINDS]
     if unknown:
         raise ConfigError(f"there are no {unknown[0]!r} taps to find", do=f"use {', '.join(KINDS)}")
@@ -65,9 +79,9 @@ def plan_taps(
     shared = ours.side.vocabulary == theirs.side.vocabulary if same_tokenizer is None else same_tokenizer
     draft = Draft(ours, theirs, shared, asked, projections)
     draft.pairs = layer_pairs(layer_map, ours.side.layers, theirs.side.layers) if ours.found.hidden else ()
-    for kind in asked if asked is not None else TOKENS if shared else ("pooled",):
+    for kind in asked if asked is not None else TOKENS if shared else KINDS:
         draft.add(kind)
-    return draft.plan()
+    return draft
 
 
 def captured(model: nn.Module, like: QuantModel | None) -> QuantModel:
@@ -208,7 +222,7 @@ class Draft:
         return name
 
     def plan(self) -> TapPlan:
-        outputs = compared_outputs(self.ours.model, self.theirs.model, shared=self.shared)
+        outputs, lost = compared_outputs(self.ours.model, self.theirs.model, shared=self.shared)
         return TapPlan(
             taps=tuple(self.taps),
             projections=self.projections,
@@ -216,33 +230,44 @@ class Draft:
             teacher_inputs="shared" if self.shared else "own",
             student=self.ours.side,
             teacher=self.theirs.side,
-            notes=tuple(self.notes),
+            notes=(*self.notes, *lost),
         )
 
 
-def compared_outputs(student: QuantModel, teacher: QuantModel, *, shared: bool) -> tuple[str, ...]:
-    """The logits that both have in one shape; across tokenizers only those of whole sentences, (batch, classes)."""
+def compared_outputs(
+    student: QuantModel, teacher: QuantModel, *, shared: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The logits that both have in one shape, across tokenizers only those of whole sentences; why others are left."""
     ours, theirs = output_shapes(student), output_shapes(teacher)
-    wanted = [k for k in ("start_logits", "end_logits", "logits") if k in ours and k in theirs]
-    fit = [k for k in wanted if ours[k][1:] == theirs[k][1:]]
-    return tuple(k for k in fit if shared or is_of_sentences(k, ours[k]))
+    lost = {k: misfit(k, ours, theirs, shared=shared) for k in OUTPUTS if k in ours}
+    return tuple(k for k, why in lost.items() if not why), tuple(f"{k} left out: {v}" for k, v in lost.items() if v)
 
 
-def is_of_sentences(name: str, shape: tuple[int | None, ...]) -> bool:
-    return name == "logits" and len(shape) == 2
+Shapes = dict[str, tuple[int | None, ...]]
 
 
-def output_shapes(model: QuantModel) -> dict[str, tuple[int | None, ...]]:
+def misfit(name: str, ours: Shapes, theirs: Shapes, *, shared: bool) -> str:
+    """Why an output of the student cannot be compared with the teacher's; "" where it can."""
+    if name not in theirs or ours[name][1:] != theirs[name][1:]:
+        found = shape_text(theirs[name]) if name in theirs else "has none"
+        return f"the student's shape is {shape_text(ours[name])}, the teacher's {found}"
+    if not shared and (name != "logits" or len(ours[name]) != 2):  # (batch, classes) are of whole sentences
+        return "one row a token, but the teacher reads tokens of its own"
+    return ""
+
+
+def output_shapes(model: QuantModel) -> Shapes:
     """Name -> shape of the graph's outputs."""
     flat = output_args(model.gm.graph)
     return {n: shape_of(v) for n, v in zip(output_names(model), flat) if isinstance(v, fx.Node)}
 
 
 def found_plan(qat: QuantModel, teacher: QuantModel, weights: dict[str, float], **options: Any) -> TapPlan:
-    """The plan that ``distill`` finds: taps of the losses that have a weight; what it leaves out is warned of."""
+    """The plan that ``distill`` finds: taps of the losses that have a weight; what it leaves out is warned of. Outputs
+    are the student's, so that one which the teacher lacks is refused and not left out."""
     import warnings
 
-    plan = plan_taps(qat, teacher, kinds=[k for k in KINDS if weights[k]], **options)
-    if plan.notes:
-        warnings.warn("the tap plan found: " + "; ".join(plan.notes), stacklevel=3)
-    return replace(plan, outputs=plan.outputs if weights["logits"] else ())
+    draft = _draft(qat, teacher, kinds=[k for k in KINDS if weights[k]], **options)
+    if draft.notes:
+        warnings.warn("the tap plan found: " + "; ".join(draft.notes), stacklevel=4)
+    return replace(draft.plan(), outputs=None)

@@ -50,7 +50,7 @@ def picture(plan: TapPlan) -> str:
         y = columns[0].head
         parts.append(_line(columns[0].right, y, columns[1].left, y, "logits"))
     for column in columns:
-        parts += column.boxes(", ".join(plan.outputs))
+        parts += column.boxes(", ".join(plan.outputs or ()))
     for i, (kind, line) in enumerate(legend):
         y = foot + 20 * i
         if kind:

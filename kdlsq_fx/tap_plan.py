@@ -15,6 +15,7 @@ from .layer_maps import layer_pairs
 from .taps import Tap
 
 TeacherInputs = Literal["shared", "own"]
+OUTPUTS = ("start_logits", "end_logits", "logits")  # what a plan may compare of a model's outputs
 PREFIX = "teacher_"  # of the teacher's own inputs in a batch: teacher_input_ids and so on
 
 
@@ -68,9 +69,10 @@ class TapPlan:
 
     ``taps``            what is compared inside the networks.
     ``projections``     name -> (student width, teacher width) of a trained linear map; taps of one name share it.
-    ``outputs``         outputs compared besides, e.g. ``logits``.
+    ``outputs``         outputs compared besides, of ``start_logits``, ``end_logits`` and ``logits``; (): none; None:
+                        those that the student has, or none where a tap has the loss "logits".
     ``teacher_inputs``  "shared": the teacher reads the student's ids; "own": its own, as ``teacher_input_ids`` and so
-                        on; None: shared, and the vocabularies have to be equally large.
+                        on; None: shared, and the vocabularies have to be equally large ("shared" takes your word).
     ``student, teacher``  the two networks with all their sites, to choose from.
     ``notes``           what was left out, and why.
 
@@ -79,7 +81,7 @@ class TapPlan:
 
     taps: tuple[Tap, ...]
     projections: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    outputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] | None = None
     teacher_inputs: TeacherInputs | None = None
     student: Side = Side()
     teacher: Side = Side()
@@ -93,6 +95,11 @@ class TapPlan:
         twice = [t for t, n in Counter(self.taps).items() if n > 1]
         if twice:
             raise ConfigError("a tap stands twice in the plan", where=twice[0].student, do="keep one of them")
+        if self.outputs is not None:
+            object.__setattr__(self, "outputs", tuple(self.outputs))
+        for name in self.outputs or ():
+            if name not in OUTPUTS:
+                raise ConfigError(f"outputs: {name!r} is not compared", do=f"choose from {', '.join(OUTPUTS)}")
         if self.teacher_inputs not in (None, "shared", "own"):
             raise ConfigError(f"teacher_inputs={self.teacher_inputs!r}", do='use "shared", "own" or None')
         self._check_projections()
@@ -122,9 +129,10 @@ class TapPlan:
             raise ConfigError(what, where=tokens[0].student, do=do)
 
     def only(self, kinds: Iterable[str]) -> TapPlan:
-        """The plan with the taps of these losses, and the projections they need."""
+        """The plan of these losses alone: their taps, the projections they need, the outputs where logits is one."""
         wanted = tuple(kinds)
-        return self.with_taps(t for t in self.taps if t.loss in wanted)
+        left = self.with_taps(t for t in self.taps if t.loss in wanted)
+        return left if "logits" in wanted else replace(left, outputs=())
 
     def with_taps(self, taps: Iterable[Tap]) -> TapPlan:
         """The plan with these taps instead, and the projections they need."""
@@ -156,8 +164,9 @@ class TapPlan:
         for name, (a, b) in self.projections.items():
             count = sum(t.projection == name for t in self.taps)
             lines.append(f"projection {name}: {a} -> {b}, trained with the student, for {counted(count, 'tap')}")
-        if self.outputs:
-            lines.append(f"outputs: {', '.join(self.outputs)}")
+        unsaid = self.outputs is None and not any(t.loss == "logits" for t in self.taps)
+        if unsaid or self.outputs:
+            lines.append(f"outputs: {', '.join(self.outputs or ['those of the student'])}")
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -235,6 +244,8 @@ def _refuse_unknown(data: Mapping[str, Any], cls: type, what: str, where: str) -
 def _check_types(data: Mapping[str, Any], where: str) -> None:
     kinds = {"taps": list, "outputs": list, "notes": list, "projections": dict, "student": dict, "teacher": dict}
     for name, kind in kinds.items():
+        if name == "outputs" and data.get(name) is None:
+            continue
         if name in data and not isinstance(data[name], kind | tuple if kind is list else kind):
             raise ConfigError(f"{name} is a {type(data[name]).__name__}", where=where, do=f"write a {kind.__name__}")
     for name, widths in data.get("projections", {}).items():

@@ -116,6 +116,11 @@ def shape_of(node: fx.Node) -> tuple[int | None, ...]:
     return tuple(s if isinstance(s, int) else None for s in value.shape) if isinstance(value, torch.Tensor) else ()
 
 
+def shape_text(shape: tuple[int | None, ...]) -> str:
+    """``(?, 9, 32)``."""
+    return "(" + ", ".join("?" if s is None else str(s) for s in shape) + ")"
+
+
 def token_axes(gm: fx.GraphModule, node: fx.Node) -> tuple[int, ...]:
     """The dimensions of a value (behind the batch) that run over the tokens of the input.
 

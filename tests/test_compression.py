@@ -17,6 +17,9 @@ from kdlsq_fx.distillation import distill
 from kdlsq_fx.errors import ConfigError
 from kdlsq_fx.kd_losses import kept_mse
 from kdlsq_fx.kd_targets import separator_of
+from kdlsq_fx.planning import plan_taps
+from kdlsq_fx.tap_plan import TapPlan
+from kdlsq_fx.taps import Tap
 
 torch.set_num_threads(1)
 SEP = 3
@@ -165,14 +168,16 @@ def test_whole_models_keep_the_tokens_their_teacher_attends_to(tokens: str) -> N
     student, teacher, *both = pair()
     data = batch()
     data["input_ids"][:, 1] = SEP
-    compress = Compression(depth=2, length=3, width=0.25, tokens=tokens, separator=SEP)
+    compress = Compression(depth=3, length=3, width=0.25, tokens=tokens, separator=SEP)
     kd = distill(*both, loss="hsk", compress=compress, schedule="joint", logits=0).eval()
-    assert [t.loss for t in kd.taps] == ["hidden"] * 2
+    assert [t.loss for t in kd.taps] == ["hidden"] * 3
     ours = student(**data, output_hidden_states=True).hidden_states
     theirs, scores = scores_of(teacher, data)
     want = 0.0
-    for layer in (1, 2):  # hidden state 1 is what leaves block 0
-        where = chosen_tokens(tokens, 3, data["attention_mask"], scores[layer - 1].detach(), data["input_ids"])
+    chosen = [chosen_tokens(tokens, 3, data["attention_mask"], s.detach(), data["input_ids"]) for s in scores]
+    assert chosen[0] != chosen[1]
+    for layer in (0, 1, 2):  # hidden state 1 is what leaves block 0; what enters it takes its tokens
+        where = chosen[max(layer - 1, 0)]
         for r, row in enumerate(where):
             a, b = ours[layer][r, row].detach().numpy(), theirs.hidden_states[layer][r, row].detach().numpy()
             on = np.zeros_like(b)
@@ -183,6 +188,21 @@ def test_whole_models_keep_the_tokens_their_teacher_attends_to(tokens: str) -> N
     kd.train()
     with pytest.raises(ConfigError, match="progress"):
         distill(*both, loss="hsk", compress="1l").train()(**data)
+
+
+def test_depth_counts_from_the_top_however_a_plan_is_written() -> None:
+    both = pair()[2:]
+    plan = plan_taps(*both, kinds="hidden")
+    for taps in (plan.taps, plan.taps[::-1], (plan.taps[2], plan.taps[0], plan.taps[1])):
+        kd = distill(*both, plan=plan.with_taps(taps), compress="2l")
+        assert set(kd.taps) == set(plan.taps[1:])
+
+
+@pytest.mark.parametrize("loss, compress", [("pooled", None), ("hidden", "0.5h"), ("hidden", "2t")])
+def test_a_value_without_tokens_is_refused_where_the_loss_needs_them(loss: Any, compress: Any) -> None:
+    tap = Tap(student="bert.pooler.activation/tanh", teacher="bert.pooler.activation/tanh", loss=loss)
+    with pytest.raises(ConfigError, match=rf"{loss} tap.*\(\?, 32\)(?s:.*)\(batch, length, width\)"):
+        distill(*pair()[2:], plan=TapPlan(taps=[tap]), pooled=1.0, compress=compress)
 
 
 def test_a_compression_that_keeps_everything_is_the_plain_loss() -> None:

@@ -166,3 +166,16 @@ def test_a_plan_as_the_page_makes_it(folder: Path, capsys: pytest.CaptureFixture
     trained = {id(p) for group in known["optimizer"].param_groups for p in group["params"]}
     assert all(id(p) in trained for p in known["kd"].projections.parameters())
     assert torch.isfinite(known["kd"](**batch()).loss)
+
+
+def test_two_stages_with_rates_of_their_own(folder: Path) -> None:
+    from test_kd_cache import data
+
+    qat = kq.prepare_qat(tiny("bert"), "W8E8A8")
+    kq.calibrate(qat, [batch()], progress=False)
+    known = {"kq": kq, "qat": qat, "teacher": tiny("bert", seed=1).eval(), "train": data(8)}
+    run(next(code for code in blocks("docs/distillation.md") if 'schedule="joint"' in code), known)
+    for stage, term in (("states", "hidden"), ("logits", "logits")):
+        lines = (folder / stage / "log.tsv").read_text().splitlines()[1:]
+        assert lines and all(term in line for line in lines)
+        assert set(known[stage](**batch()).parts) == {term}

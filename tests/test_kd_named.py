@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,10 @@ from test_distillation import expected_loss, pair, scores_of
 from kdlsq_fx.compression import Compression
 from kdlsq_fx.distillation import distill
 from kdlsq_fx.errors import ConfigError, InputError
+from kdlsq_fx.kd_losses import span_cross_entropy
 from kdlsq_fx.kd_named import LOSSES, Loss, named_loss
+from kdlsq_fx.tap_plan import TapPlan
+from kdlsq_fx.taps import Tap
 from kdlsq_fx.train import fit
 
 torch.set_num_threads(1)
@@ -75,6 +79,61 @@ def test_hidden_state_knowledge_of_all_layers(name: str) -> None:
     second = kd(**data)
     want = -(theirs.logits.softmax(-1) * ours.logits.log_softmax(-1)).mean()
     assert set(second.parts) == {"logits"} and second.loss.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_which_stage_a_term_is_of() -> None:
+    kd = distill(*pair()[2:], loss="hsk", attention=1.0, gold=1.0, pooled=1.0).train()
+    data = {**batch(), "labels": torch.tensor([0, 1, 1, 0])}
+    for progress, terms in ((0.0, {"hidden", "attention", "pooled"}), (0.8, {"logits", "gold"})):
+        kd.progress = progress
+        assert set(kd(**data).parts) == terms
+    kd.progress = None
+    assert set(kd.eval()(**data).parts) == {"hidden", "attention", "pooled", "logits", "gold"}
+
+
+def test_a_stage_without_a_term_is_refused() -> None:
+    both = pair()[2:]
+    for stage, changes in (("second", {"logits": 0}), ("first", {"hidden": 0})):
+        with pytest.raises(ConfigError, match=f"the {stage} stage has no term(?s:.*)schedule='joint'"):
+            distill(*both, loss="hsk", **changes)
+        distill(*both, loss="hsk", schedule="joint", **changes)(**batch()).loss.backward()
+    distill(*both, loss="hsk", logits=0, gold=1.0)
+    with pytest.raises(ConfigError, match="the second stage has no term"):
+        distill(*pair("Model")[2:], loss="hsk")
+
+
+def softened(values: torch.Tensor) -> list[float]:
+    e = [math.exp(v / 2) for v in values.tolist()]
+    return [v / sum(e) for v in e]
+
+
+def test_spans_at_a_temperature_against_a_loop() -> None:
+    torch.manual_seed(0)
+    s, t, lengths = torch.randn(3, 5), torch.randn(3, 5), [5, 3, 1]
+    weight = (torch.arange(5) < torch.tensor(lengths).unsqueeze(1)).float()
+    want = 0.0
+    for a, b, n in zip(s, t, lengths):
+        want -= sum(q * math.log(p) for p, q in zip(softened(a[:n]), softened(b[:n]))) / n / 3 * 4
+    assert span_cross_entropy(s, t, weight, 2.0).item() == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("tapped", [False, True])
+def test_several_labels_at_once_and_one_output_by_head_or_by_tap(tapped: bool) -> None:
+    """A tap at the head is the head's logits: the same loss."""
+    head = Tap(student="classifier/linear", teacher="classifier/linear", loss="logits")
+    plan = TapPlan(taps=[head]) if tapped else TapPlan(taps=[])
+    student, teacher, *both = pair(num_labels=3, problem_type="multi_label_classification")
+    want = 0.0
+    a, b = student(**batch()).logits, teacher(**batch()).logits
+    for x, y in zip(a.flatten().tolist(), b.flatten().tolist()):
+        p, q = (1 / (1 + math.exp(-v / 2)) for v in (x, y))
+        want -= 4 * (q * math.log(p) + (1 - q) * math.log(1 - p)) / a.numel()
+    assert distill(*both, plan=plan, temperature=2.0).eval()(**batch()).loss.item() == pytest.approx(want, rel=1e-5)
+    student, teacher, *both = pair(num_labels=1)
+    labels = torch.tensor([1.0, -2.0, 0.5, 4.0])
+    for regression, target in (("teacher", teacher(**batch()).logits), ("gold", labels.unsqueeze(1))):
+        got = distill(*both, plan=plan, regression=regression).eval()(**batch(), labels=labels).loss
+        assert got.item() == pytest.approx(F.mse_loss(student(**batch()).logits, target).item(), rel=1e-5)
 
 
 def test_hsks_release_compresses_as_its_code_does() -> None:
@@ -148,9 +207,14 @@ def test_mistakes_are_told() -> None:
         distill(*both, loss="kd")
     with pytest.raises(ConfigError, match=r"no loss \['kdlsq'\]"):
         distill(*both, loss=["kdlsq"])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"temperature=-1(?s:.*)above 0"):
+        distill(*both, temperature=-1)
     with pytest.raises(ConfigError, match="no 'hiden'"):
         distill(*both, hiden=1.0)
-    for wrong in ({"schedule": "late"}, {"share": 1.0}, {"regression": "none"}):
+    for wrong in (
+        {"schedule": "late"}, {"share": 1.0}, {"share": "x"}, {"regression": "none"}, {"span": -5}, {"span": "x"},
+        {"span": 0}, {"gold": True}, {"temperature": float("inf")},
+    ):  # fmt: skip
         with pytest.raises(ConfigError):
             distill(*both, **wrong)
 

@@ -18,11 +18,12 @@ from torch import nn
 import kdlsq_fx as kq
 from kdlsq_fx.distillation import distill
 from kdlsq_fx.errors import CheckpointError, ConfigError, InputError
+from kdlsq_fx.graph import site_of
 from kdlsq_fx.layer_maps import layer_pairs
 from kdlsq_fx.model import QuantModel
 from kdlsq_fx.planning import plan_taps
 from kdlsq_fx.tap_plan import Side, TapPlan
-from kdlsq_fx.taps import Tap
+from kdlsq_fx.taps import Tap, find_taps
 
 torch.set_num_threads(1)
 
@@ -75,7 +76,7 @@ def test_layer_maps_at_every_depth() -> None:
 
 def test_layer_maps_that_make_no_sense() -> None:
     for wrong, what in (
-        ("hsk:14", "layer 14 of the teacher"), ("bottom", "no layer map 'bottom'"), ({1: 13}, "layer 13"),
+        ("hsk:20", "layer 20 of the teacher"), ("bottom", "no layer map 'bottom'"), ({1: 13}, "layer 13"),
         ({7: 1}, "layer 7 of the student"), ({}, "no layer map"), ({1: 2.5}, "2.5"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=what):
@@ -207,7 +208,13 @@ def test_across_tokenizers_logits_and_pooled_states_only() -> None:
     model, qat, teacher, graph = strangers()
     plan = plan_taps(qat, graph)
     assert [t.loss for t in plan.taps] == ["pooled"] and plan.teacher_inputs == "own" and plan.outputs == ("logits",)
-    assert "two tokenizers (99 and 120 token ids)" in str(plan_taps(qat, graph, kinds=["hidden"]))
+    for kind in ("hidden", "attention"):
+        assert f"note: {kind} taps left out: two tokenizers (99 and 120 token ids)" in str(plan)
+    with pytest.warns(UserWarning, match="weight is 0.*pooled=1.0"):
+        assert not distill(qat, graph, plan=plan).taps
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distill(qat, graph, plan=plan, pooled=0)
     kd = distill(qat, graph, plan=plan, pooled=2.0).eval()
     data = both_inputs()
     out = kd(**data)
@@ -237,8 +244,12 @@ def test_across_tokenizers_each_side_needs_its_inputs() -> None:
     with pytest.raises(InputError, match="teacher_input_ids.*both models read one batch"):
         distill(qat, small(seed=1)[1])(**both_inputs())
     qa = [small(head="ForQuestionAnswering")[1], small("roberta", "ForQuestionAnswering", vocab_size=120)[1]]
-    with pytest.raises(ConfigError, match="start_logits are one row a token"):
+    with pytest.raises(ConfigError, match="start_logits: one row a token"):
         distill(*qa, hidden=0, attention=0, pooled=1.0)
+    assert "note: end_logits left out: one row a token" in str(plan_taps(*qa))
+    head = Tap(student="qa_outputs/linear", teacher="qa_outputs/linear", loss="logits")
+    with pytest.raises(ConfigError, match="a logits tap with one row a token"):
+        distill(*qa, plan=TapPlan(taps=[head], teacher_inputs="own"))
 
 
 def encoded(vocab: int, lengths: list[int], labels: Any) -> Any:
@@ -351,7 +362,57 @@ def edited(plan: TapPlan, change: Any) -> dict[str, Any]:
     return data
 
 
+def test_the_outputs_of_a_plan_are_what_is_compared() -> None:
+    (_, qat), (_, teacher) = small(), small(seed=1)
+    plan = plan_taps(qat, teacher)
+
+    def terms(outputs: Any) -> set[str]:
+        kd = distill(qat, teacher, plan=TapPlan.from_dict(edited(plan, lambda d: d.update(outputs=outputs))))
+        assert set(kd.plan.outputs or ()) == set(kd.eval()(**batch()).parts) & {"logits"}
+        return set(kd(**batch()).parts)
+
+    assert terms(["logits"]) == terms(None) == {"hidden", "attention", "logits"}
+    assert terms([]) == {"hidden", "attention"}
+    with pytest.raises(ConfigError, match="no output 'start_logits'.*\n.*it has logits"):
+        terms(["logits", "start_logits"])
+    five = small(num_labels=5)[1]
+    found = plan_taps(qat, five)
+    assert not found.outputs and "note: logits left out: the student's shape is (?, 2), the teacher's (?, 5)" in str(
+        found
+    )
+    assert set(distill(qat, five, plan=found).eval()(**batch()).parts) == {"hidden", "attention"}
+    with pytest.raises(ConfigError, match="logits: the student's shape"):
+        distill(qat, five, plan=dataclasses.replace(found, outputs=("logits",)))
+    qa = small(head="ForQuestionAnswering")[1], small(head="ForQuestionAnswering", seed=1)[1]
+    whole, start = (distill(*qa, plan=TapPlan(taps=(), outputs=o)).eval() for o in (None, ("start_logits",)))
+    assert 0 < start(**batch()).loss < whole(**batch()).loss
+
+
+class Reversed(nn.Module):
+    """Blocks; ``order`` says which runs when, whatever their numbers."""
+
+    def __init__(self, order: tuple[int, ...]) -> None:
+        super().__init__()
+        self.order = order
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.GELU()) for _ in order)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.tanh()
+        for i in self.order:
+            x = self.layers[i](x)
+        return x
+
+
+def test_layers_that_match_are_compared_though_they_run_in_another_order() -> None:
+    both = [kq.prepare_qat(Reversed(o), "W8E8A8", example=(torch.randn(2, 4),), fuel=0) for o in ((0, 1), (1, 0))]
+    taps = plan_taps(*both, kinds="hidden").taps
+    assert len(taps) == 3 and all(t.student == t.teacher for t in taps)
+    assert [t.student for t in taps] == [site_of(n) for n in find_taps(both[0].gm).hidden]
+    assert [t.teacher for t in taps] != [site_of(n) for n in find_taps(both[1].gm).hidden]
+
+
 BROKEN = [
+    ("'nonsense' is not compared", lambda d: d.update(outputs=["nonsense"])),
     ("no projection 'narrow'", lambda d: d["taps"][0].update(projection="narrow")),
     ("no width to project", lambda d: d["taps"][-1].update(projection="hidden")),
     ("no tap goes through projection 'spare'", lambda d: d["projections"].update(spare=[32, 48])),
@@ -406,6 +467,8 @@ def test_token_taps_of_two_vocabularies_are_refused() -> None:
     tap = Tap(student="classifier/linear", teacher="classifier/linear", loss="hidden")
     with pytest.raises(ConfigError, match="99 entries, the teacher's 120"):
         distill(qat, graph, plan=TapPlan(taps=(tap,)))
+    with pytest.raises(ConfigError, match="one batch for both needs one vocabulary"):
+        distill(qat, graph, plan=TapPlan(taps=()))
     with pytest.raises(ConfigError, match="plan is a list"):
         distill(qat, graph, plan=[tap])  # type: ignore[arg-type]
 
