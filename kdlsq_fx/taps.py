@@ -86,7 +86,7 @@ def find_taps(gm: fx.GraphModule) -> Found:
     Without any attention it is a member of an outermost list. Its hidden state is the last float value that leaves
     it. Where no path names a block the data flow does (:func:`kdlsq_fx.blocks.states_between_blocks`).
     """
-    length = mask_shape(gm)[1:2]
+    length = mask_shape(gm)[-1:]
     softmaxes = [n for n in gm.graph.nodes if _is_attention(n, length)]
     scores = tuple(_producer(tensor_args(n)[0]) for n in softmaxes)
     if softmaxes and not any(member_calls(n) for n in softmaxes):
