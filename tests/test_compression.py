@@ -237,7 +237,7 @@ def test_mistakes_are_told() -> None:
     distill(*both, compress=Compression(length=3, separator=98))
     with pytest.raises(ConfigError, match="keeps 9 layers, the plan has 3"):
         distill(*both, compress="9l")
-    with pytest.raises(ConfigError, match="keeps 1 layer, the plan has 0 hidden taps"):
+    with pytest.raises(ConfigError, match="the plan has no hidden taps"):
         distill(*both, compress="1l", hidden=0)
     with pytest.raises(ConfigError, match="cannot be read"):
         distill(*both, compress="ten tokens")
