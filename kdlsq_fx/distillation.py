@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from . import kd_losses as losses
-from .compression import Compression, Kept
+from .compression import Kept
 from .distill_output import DistillOutput
 from .errors import ConfigError, InputError
-from .graph import site_of
 from .kd_cache import Cache
 from .kd_fields import output_axes
 from .kd_named import Loss, named_loss
-from .kd_setup import check_options, check_plan, check_stages, compared
+from .kd_setup import check_options, check_plan, check_stages, compared, plan_of, upper
 from .kd_targets import (
     Targets,
     Teacher,
@@ -34,14 +33,11 @@ from .kd_targets import (
 )
 from .matching import Match, match_graphs
 from .model import QuantModel
-from .planning import found_plan
 from .projection import make_projections
-from .tap_plan import PREFIX, TapPlan, counted
+from .tap_plan import PREFIX, TapPlan
 from .taps import Tap, node_at, output_names, token_axes, vocabulary
 
 __all__ = ["DistillOutput", "Distiller", "distill"]
-
-FINDING = ("layer_map", "projections", "same_tokenizer")  # options of plan_taps that go through distill
 
 
 class Distiller(nn.Module):
@@ -281,7 +277,7 @@ def distill(
     check_options(qat, teacher, chosen)
     assert isinstance(teacher, nn.Module)
     frozen = frozen_teacher(teacher, qat)
-    plan = _plan_of(qat, frozen, chosen.weights, plan)
+    plan = plan_of(qat, frozen, chosen.weights, plan)
     if lost := sorted({t.loss for t in plan.taps if not chosen.weights[t.loss]} - set(changes)):
         do = ", ".join(f"{k}=1.0" for k in lost)
         warnings.warn(f"taps of the plan are left out, their weight is 0; to learn from them say {do}", stacklevel=2)
@@ -305,21 +301,6 @@ def _check_rows(wanted: Wanted, rows: int) -> None:
             raise InputError(what, do="give both sides the same rows")
 
 
-def _plan_of(
-    qat: QuantModel, teacher: QuantModel, weights: dict[str, float], plan: TapPlan | Mapping[str, Any] | None
-) -> TapPlan:
-    """The plan that was given, or the one that is found with these options."""
-    if isinstance(plan, TapPlan):
-        return plan
-    if not isinstance(plan, Mapping | None):
-        do = "use plan_taps(student, teacher) or TapPlan.load(path)"
-        raise ConfigError(f"plan is a {type(plan).__name__}", do=do)
-    options = dict(plan or {})
-    if unknown := sorted(set(options) - set(FINDING)):
-        raise ConfigError(f"a plan is not found by {unknown[0]!r}", where="plan", do=f"give {', '.join(FINDING)}")
-    return found_plan(qat, teacher, weights, **options)
-
-
 def _from_cache(
     qat: QuantModel, cache: str | Path | Cache, plan: Any, loss: str | Loss, changes: dict[str, Any]
 ) -> Distiller:
@@ -334,23 +315,6 @@ def _from_cache(
     opened.check(qat, weights)
     check_stages(chosen, weights)
     return _signed(qat, "example_id")(qat, opened, opened.plan, weights, chosen)
-
-
-def upper(qat: QuantModel, plan: TapPlan, compress: Compression | None) -> TapPlan:
-    """The plan without the lower hidden taps that a compression in depth leaves out."""
-    if compress is None or compress.depth is None:
-        return plan
-    order = {site_of(n): i for i, n in enumerate(qat.gm.graph.nodes)}
-    hidden = sorted((t for t in plan.taps if t.loss == "hidden"), key=lambda t: order[t.student])
-    if not hidden:
-        what = "compress keeps some of the hidden states, and the plan has no hidden taps"
-        do = "leave compress away, or distil from a teacher whose hidden states can be compared: see the plan's notes"
-        raise ConfigError(what + (f" ({'; '.join(plan.notes)})" if plan.notes else ""), where="compress", do=do)
-    if compress.depth > len(hidden):
-        what = f"compress keeps {counted(compress.depth, 'layer')}, the plan has {counted(len(hidden), 'hidden tap')}"
-        raise ConfigError(what, do=f"keep at most {len(hidden)}")
-    gone = hidden[: -compress.depth]
-    return plan.with_taps(t for t in plan.taps if t not in gone)
 
 
 def _signed(qat: QuantModel, *more: str) -> type[Distiller]:

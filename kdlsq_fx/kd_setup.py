@@ -1,7 +1,8 @@
-"""What a student and a teacher must have in common for distillation, and whether a plan fits them."""
+"""What a student and a teacher must have in common for distillation: the plan, and whether it fits them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +10,14 @@ from torch import nn
 
 from .compression import Compression
 from .errors import ConfigError
+from .graph import site_of
 from .kd_named import Loss
 from .model import QuantModel
-from .planning import Shapes, misfit, output_shapes
-from .tap_plan import OUTPUTS, Side, TapPlan
+from .planning import Shapes, found_plan, misfit, output_shapes
+from .tap_plan import OUTPUTS, Side, TapPlan, counted
 from .taps import Tap, mask_shape, node_at, shape_of, shape_text, token_axes, vocabulary, width_of
+
+FINDING = ("layer_map", "projections", "same_tokenizer")  # options of plan_taps that go through distill
 
 
 def check_options(qat: Any, teacher: Any, loss: Loss) -> None:
@@ -129,3 +133,35 @@ def _check_outputs(plan: TapPlan, ours: Shapes, theirs: Shapes) -> None:
         if why := misfit(name, ours, theirs, shared=plan.teacher_inputs != "own"):
             do = "use a teacher with the same head, take it out of the plan's outputs, or set logits=0"
             raise ConfigError(f"{name}: {why}", where=name, do=do)
+
+
+def plan_of(
+    qat: QuantModel, teacher: QuantModel, weights: dict[str, float], plan: TapPlan | Mapping[str, Any] | None
+) -> TapPlan:
+    """The plan that was given, or the one that is found with these options."""
+    if isinstance(plan, TapPlan):
+        return plan
+    if not isinstance(plan, Mapping | None):
+        do = "use plan_taps(student, teacher) or TapPlan.load(path)"
+        raise ConfigError(f"plan is a {type(plan).__name__}", do=do)
+    options = dict(plan or {})
+    if unknown := sorted(set(options) - set(FINDING)):
+        raise ConfigError(f"a plan is not found by {unknown[0]!r}", where="plan", do=f"give {', '.join(FINDING)}")
+    return found_plan(qat, teacher, weights, **options)
+
+
+def upper(qat: QuantModel, plan: TapPlan, compress: Compression | None) -> TapPlan:
+    """The plan without the lower hidden taps that a compression in depth leaves out."""
+    if compress is None or compress.depth is None:
+        return plan
+    order = {site_of(n): i for i, n in enumerate(qat.gm.graph.nodes)}
+    hidden = sorted((t for t in plan.taps if t.loss == "hidden"), key=lambda t: order[t.student])
+    if not hidden:
+        what = "compress keeps some of the hidden states, and the plan has no hidden taps"
+        do = "leave compress away, or distil from a teacher whose hidden states can be compared: see the plan's notes"
+        raise ConfigError(what + (f" ({'; '.join(plan.notes)})" if plan.notes else ""), where="compress", do=do)
+    if compress.depth > len(hidden):
+        what = f"compress keeps {counted(compress.depth, 'layer')}, the plan has {counted(len(hidden), 'hidden tap')}"
+        raise ConfigError(what, do=f"keep at most {len(hidden)}")
+    gone = hidden[: -compress.depth]
+    return plan.with_taps(t for t in plan.taps if t not in gone)
