@@ -170,7 +170,9 @@ def test_rows_that_do_not_fit_the_model_are_refused_before_training(
     for command in (train, cache, ["eval", ready, "--data", str(data), "--split", "train"]):
         assert long in refused(command, capsys)
     teacher = str(write_model(tmp_path / "teacher", max_position_embeddings=20))
-    assert "30 tokens, the model 20 pos" in refused([*train, "--max-length", "30", "--teacher", teacher], capsys)
+    assert f"30 tokens, the teacher {teacher} 20 pos" in refused(
+        [*train, "--max-length", "30", "--teacher", teacher], capsys
+    )
     assert not list((tmp_path / "o").iterdir())  # what was refused does not stand in the way of what was advised
     file = tmp_path / "model.onnx"
     qat = kq.prepare_qat(bert().eval(), "W8E8A8")
