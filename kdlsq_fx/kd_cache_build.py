@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .data import Encoded
 from .distillation import Distiller
 from .errors import CheckpointError, ConfigError, InputError
-from .files import FORMAT, checksum, differences, make_folder, read_json, write_atomic, write_json
+from .files import FORMAT, check_no_model, checksum, differences, make_folder, read_json, write_atomic, write_json
 from .kd_cache import INDEX, Cache, shard_name, token_hash, tokenizer_hash
 from .kd_fields import STORES, Array, Field, encode, fields_of, kept_tokens
 from .kd_targets import Teacher, Wanted
@@ -46,7 +46,7 @@ def build_cache(
 
     Raises:
         ConfigError: the loss cannot be stored: padding counts in it, or the choice of features depends on the batch.
-        CheckpointError: the folder holds another cache, or cannot be written.
+        CheckpointError: the folder holds another cache, a model or a run, or cannot be written.
         InputError: a value is not finite, or too large for float16.
     """
     teacher = kd.targets
@@ -62,6 +62,7 @@ def build_cache(
         raise ConfigError("features='magnitude-batch' depends on the batch, which changes", where="compress", do=do)
     if not len(data):
         raise InputError("the data set is empty", do="give at least one row")
+    check_no_model(Path(folder))
     target = make_folder(folder)
     index = _index(kd, teacher, data, store, tokenizer, shard_bytes)
     index["shards"] = _finished(target, index)

@@ -245,6 +245,10 @@ def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:
         build_cache(live(compress=Compression(width=0.5, features="magnitude-batch")), rows, tmp_path / "b")
     with pytest.raises(ConfigError, match="store"):
         build_cache(live(), rows, tmp_path / "c", store="fp8")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="a model stands in"):
+        build_cache(live(), rows, tmp_path / "model")
     big = tiny("bert", seed=1)
     with torch.no_grad():
         big.bert.encoder.layer[1].output.LayerNorm.weight.mul_(1e6)  # type: ignore[union-attr,index]
