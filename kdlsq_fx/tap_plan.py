@@ -178,13 +178,15 @@ class TapPlan:
         """The plan of :meth:`to_dict`; ConfigError naming the entry that cannot be read."""
         given = {k: v for k, v in data.items() if k not in ("format", "layer_map")}
         _refuse_unknown(given, cls, "the plan", where)
+        if "taps" not in given:
+            raise ConfigError("the plan has no taps", where=where, do='write "taps": [], where there are to be none')
         _check_types(given, where)
         made: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-        made["taps"] = tuple(_read(Tap, tap, f"tap {i}", where) for i, tap in enumerate(given.get("taps", [])))
+        made["taps"] = tuple(_read(Tap, tap, f"tap {i}", where) for i, tap in enumerate(given["taps"]))
         for name in ("student", "teacher"):
             made[name] = _read(Side, given.get(name, {}), name, where)
         made["projections"] = {k: tuple(v) for k, v in given.get("projections", {}).items()}
-        plan = cls(**made)
+        plan = _made(cls, made, where)
         plan._check_layer_map(data.get("layer_map", "given"), where)
         return plan
 
@@ -248,9 +250,25 @@ def _check_types(data: Mapping[str, Any], where: str) -> None:
             continue
         if name in data and not isinstance(data[name], kind | tuple if kind is list else kind):
             raise ConfigError(f"{name} is a {type(data[name]).__name__}", where=where, do=f"write a {kind.__name__}")
+        if name in ("outputs", "notes"):
+            _check_texts(name, data.get(name, ()), where)
     for name, widths in data.get("projections", {}).items():
         if not isinstance(widths, (list, tuple)):
             raise ConfigError(f"projection {name}: {widths!r}", where=where, do="give [student, teacher] widths")
+
+
+def _check_texts(what: str, values: Iterable[Any], where: str) -> None:
+    for value in values:
+        if not isinstance(value, str):
+            raise ConfigError(f"{what} has {value!r} in it", where=where, do="write a list of texts")
+
+
+def _made(cls: type, entries: dict[str, Any], where: str) -> Any:
+    """``cls(**entries)``, whose errors name the file too."""
+    try:
+        return cls(**entries)
+    except ConfigError as err:
+        raise err.at(", ".join(filter(None, (where, err.where)))) from None
 
 
 def _read(cls: type, data: Any, what: str, where: str) -> Any:
@@ -260,9 +278,12 @@ def _read(cls: type, data: Any, what: str, where: str) -> Any:
     made = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     for f in fields(cls):
         kind = {"str": str, "int": int, "TapLoss": str, "Mapping[str, int]": dict}.get(str(f.type), tuple)
-        if f.name in made and not isinstance(made[f.name], kind):
-            raise ConfigError(f"{what}: {f.name} is {made[f.name]!r}", where=where, do=f"write a {kind.__name__}")
+        value = made.get(f.name)
+        if f.name in made and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ConfigError(f"{what}: {f.name} is {value!r}", where=where, do=f"write a {kind.__name__}")
+        if isinstance(value, tuple):
+            _check_texts(f"{what}: {f.name}", value, where)
     try:
-        return cls(**made)
+        return _made(cls, made, where)
     except TypeError as err:
         raise ConfigError(f"{what}: {err}", where=where, do="give student, teacher and loss") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
 from functools import cache
 from pathlib import Path
@@ -360,6 +361,29 @@ def edited(plan: TapPlan, change: Any) -> dict[str, Any]:
     data = json.loads(json.dumps(plan.to_dict()))
     change(data)
     return data
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda d: d.pop("taps"), "the plan has no taps"),
+        (lambda d: d.update(notes=[1]), "notes has 1 in it"),
+        (lambda d: d.update(outputs=[None]), "outputs has None in it"),
+        (lambda d: d["student"].update(first=True), "student: first is True"),
+        (lambda d: d["student"].update(hidden=[1, "b"]), "student: hidden has 1 in it"),
+        (lambda d: d["student"].update(attention={"x": 0}), "attention in block 0"),
+        (lambda d: d["taps"][0].update(student=""), "a site is empty"),
+        (lambda d: d.update(teacher_inputs="both"), "teacher_inputs='both'"),
+    ],
+)
+def test_an_entry_that_makes_no_sense_is_named_with_its_file(change: Any, told: str, tmp_path: Path) -> None:
+    side = Side(name="net", hidden=("a", "b"), attention={"x": 1})
+    plan = TapPlan(taps=(Tap(student="b", teacher="b", loss="hidden"),), student=side, teacher=side)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(edited(plan, change)))
+    with pytest.raises(ConfigError, match=re.escape(told)) as caught:
+        TapPlan.load(path)
+    assert str(path) in str(caught.value)
 
 
 def test_the_outputs_of_a_plan_are_what_is_compared() -> None:
