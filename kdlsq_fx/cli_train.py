@@ -156,9 +156,9 @@ def _remember(work: _Work) -> None:
 
     args, dataset = work.args, work.dataset
     hashes = {"train": dataset.train.fingerprint, "dev": dataset.dev.fingerprint}
+    recipe = asdict(work.recipe) | ({"cache": Cache.open(args.cache).fingerprint} if args.cache else {})
     belongs_to(args.out, {"model": work.source, "data": hashes, "fp32": vars(work.fp32)})
     for name, qconfig in work.rules.items():
-        recipe = asdict(work.recipe) | ({"cache": Cache.open(args.cache).fingerprint} if args.cache else {})
         mine = {"recipe": recipe, "teacher": args.teacher, "target": args.target}
         mine |= {"qconfig": qconfig.to_dict()} | ({"more": work.learned.train.fingerprint} if args.more else {})
         belongs_to(make_folder(args.out / name), mine)

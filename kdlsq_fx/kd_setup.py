@@ -11,13 +11,13 @@ from torch import nn
 from .compression import Compression
 from .errors import ConfigError
 from .graph import site_of
-from .kd_named import Loss
+from .kd_named import PLANNED, Loss
 from .model import QuantModel
 from .planning import Shapes, found_plan, misfit, output_shapes
 from .tap_plan import OUTPUTS, Side, TapPlan, counted
 from .taps import Tap, mask_shape, node_at, shape_of, shape_text, token_axes, vocabulary, width_of
 
-FINDING = ("layer_map", "projections", "same_tokenizer")  # options of plan_taps that go through distill
+FINDING = tuple(name for name in PLANNED if name != "kinds")  # those of distill are the terms with a weight
 
 
 def check_options(qat: Any, teacher: Any, loss: Loss) -> None:
