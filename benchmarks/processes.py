@@ -1,12 +1,14 @@
-"""Does training in several processes take the steps of one? MiniLM's student on real rows, fifty steps, no dropout.
+"""Does training in several processes take the steps of one? MiniLM's student on real rows, fifty steps.
 
     python benchmarks/processes.py DATA --out runs/p/one
     torchrun --nproc-per-node 2 benchmarks/processes.py DATA --out runs/p/two
+    python benchmarks/processes.py DATA --out runs/p/halves --micro-batches 2   # one process, the sums of two
     python benchmarks/processes.py DATA --out runs/p/reversed --reverse     # the control: one process, other sums
-    python benchmarks/processes.py --compare runs/p/one runs/p/two runs/p/reversed
+    python benchmarks/processes.py --compare runs/p/two runs/p/halves runs/p/one runs/p/reversed
 
 ``DATA`` is a folder in GLUE's layout. ``--reverse`` turns the rows of every batch around: the same gradient, added up
-in another order. ``--double`` trains in float64.
+in another order. ``--double`` trains in float64. There is no dropout unless
+``--dropout`` leaves the model's.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     qat = kq.prepare_qat(model, args.qconfig).to(device)
     kq.calibrate(qat, dataset.train.sample(4, batch_size=args.batch_size, seed=0), progress=False)
     for module in qat.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, torch.nn.Dropout) and not args.dropout:
             module.p = 0.0
     kd = kq.distill(qat, model, gold=1.0)
     if args.double:
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
     train.fit(
         kd, rows, out_dir=args.out, steps=args.steps, batch_size=args.batch_size, on_step=on_step,
-        groups=kq.param_groups(kd, lr=5e-5), title=args.qconfig,
+        groups=kq.param_groups(kd, lr=5e-5), title=args.qconfig, micro_batches=args.micro_batches,
     )  # fmt: skip
     processes.leave()
 
@@ -103,6 +105,8 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--reverse", action="store_true")
     parser.add_argument("--double", action="store_true")
+    parser.add_argument("--dropout", action="store_true")
+    parser.add_argument("--micro-batches", type=int, default=0)
     parser.add_argument("--compare", nargs="+", type=Path)
     given = parser.parse_args()
     compare(given.compare) if given.compare else run(given)

@@ -43,6 +43,8 @@ def add(commands: Any) -> None:
     p.add_argument("--lr", type=positive, default=5e-5, help="learning rate of the student's weights")
     add_fp32(p)
     p.add_argument("--batch-size", type=at_least(1), default=32, help="rows of a batch")
+    text = "cut each into so many, one after the other (of several processes each takes some): less memory"
+    p.add_argument("--micro-batches", type=at_least(1), default=0, metavar="N", help=text)
     p.add_argument("--seed", type=at_least(0), default=42, help="of the order of rows, a new head, dropout")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the matrix products in training")
     add_device(p)
@@ -237,7 +239,12 @@ def _learning(args: argparse.Namespace, dataset: Any, tokenizer: Any, *, names: 
     from kdlsq_fx.kd_cache import Cache
 
     settings = job.Settings(
-        epochs=args.epochs, lr=args.lr, batch_size=args.batch_size, seed=args.seed, precision=args.precision
+        epochs=args.epochs,
+        lr=args.lr,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        precision=args.precision,
+        micro_batches=args.micro_batches,
     )
     recipe = job.Recipe(
         settings=settings,

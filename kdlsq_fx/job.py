@@ -45,6 +45,7 @@ class Settings:
     warmup: float = 0.0
     clip: float = 0.0
     precision: str = "fp32"
+    micro_batches: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

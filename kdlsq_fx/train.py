@@ -4,7 +4,8 @@
 wrapper. AdamW, linear decay to zero after an optional warm-up: the recipe of the KDLSQ release (its run script).
 
 Several processes (``torchrun``, ``accelerate launch``) take the same steps as one: each computes its rows of the same
-batch, padded as the whole batch is, and its mean loss counts by its share of the rows. docs/training.md.
+batch, padded as the whole batch is, and its mean loss counts by its share of the rows. So do micro-batches, the parts
+that one process computes one after the other. docs/training.md.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Recipe:
     clip: float
     precision: str
     data: str
+    micro_batches: int
     groups: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -97,6 +99,7 @@ def fit(
     warmup: float = 0.0,
     clip: float = 0.0,
     precision: str = "fp32",
+    micro_batches: int = 0,
     groups: list[dict[str, Any]] | None = None,
     resume: bool = True,
     save_every: int = 0,
@@ -109,10 +112,13 @@ def fit(
     ``epochs`` may be a fraction; ``steps`` overrides it. ``groups`` are AdamW's parameter groups with their own lr
     (``kq.param_groups`` for a qat module; plain ones without it). ``warmup`` is a share of the steps. ``clip`` bounds
     the norm of the gradient (0: not clipped). ``precision="bf16"`` runs the matrix products of training in bfloat16
-    (autocast; parameters and optimizer state stay float32); evaluation is float32 in any case. A checkpoint is written
-    every ``save_every`` steps and every ``save_seconds`` seconds, and at the end. With ``resume`` a run found in
-    ``out_dir`` goes on where it was saved; a finished one is only loaded. Sets the global random seeds, at each step
-    anew. ``log.tsv`` holds one line a step.
+    (autocast; parameters and optimizer state stay float32); evaluation is float32 in any case. ``micro_batches`` cuts
+    every batch into so many parts, shared out over the processes, which take theirs one after the other and add up the
+    gradients: less memory, and one process and two then add in the same order (0: one part a process).
+
+    A checkpoint is written every ``save_every`` steps and every ``save_seconds`` seconds, and at the end. With
+    ``resume`` a run found in ``out_dir`` goes on where it was saved; a finished one is only loaded. Sets the global
+    random seeds, at each step anew. ``log.tsv`` holds one line a step.
 
     Under a launcher all its processes call ``fit`` with the same arguments. ``batch_size`` is that of all together;
     parameters and buffers start as the first process's; only that one writes, and ``on_step`` runs in each. The loss
@@ -128,12 +134,15 @@ def fit(
     total = steps if steps is not None else math.ceil(epochs * per_epoch)
     if total < 1 or batch_size < 1:
         raise ConfigError(f"{total} steps of {batch_size} rows", do="train for at least one step of one row")
+    if micro_batches % processes.size() or not 0 <= micro_batches <= batch_size:
+        what = f"{micro_batches} micro-batches of {batch_size} rows in {processes.size()} processes"
+        raise ConfigError(what, do="cut a batch into a multiple of the number of processes, of one row at least")
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"precision={precision!r} is unknown", do="use 'fp32' or 'bf16'")
     groups = plain_groups(model, lr=lr) if groups is None else groups
     recipe = Recipe(
         lr=lr, batch_size=batch_size, seed=seed, steps=total, warmup=warmup, clip=clip, precision=precision,
-        data=data.fingerprint,
+        data=data.fingerprint, micro_batches=micro_batches,
         groups=[{k: v for k, v in g.items() if k != "params"} | {"tensors": len(g["params"])} for g in groups],
     )  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=lr, eps=1e-8, fused=True)
@@ -150,8 +159,8 @@ def fit(
             for group, rate in zip(optimizer.param_groups, base):
                 group["lr"] = rate * factor
             tell(model, step / total)
-            seed_generators(seed, step)
-            behind, mean = mean, _step(loop, optimizer, data, rows, clip, stop, f"step {step + 1}, {folder}")
+            losses = _backward(loop, optimizer, data, rows, micro_batches or processes.size(), (seed, step))
+            behind, mean = mean, _step(optimizer, losses, clip, stop, f"step {step + 1}, {folder}")
             if behind is not None:
                 behind.check()
             state |= {"step": step + 1, "seconds": time.monotonic() - began, "done": step + 1 == total}
@@ -189,10 +198,10 @@ def tell(model: torch.nn.Module, done: float) -> None:
         setattr(model, "progress", done)  # noqa: B010 (nn.Module types its attributes as tensors)
 
 
-def seed_generators(seed: int, step: int) -> None:
-    """Seed torch's, Python's and NumPy's global generators (dropout may draw from any of them) for one step of this
-    process: a function of seed, step and rank alone, so that a resumed run needs no state of theirs."""
-    words = np.random.SeedSequence([seed, step, processes.rank()]).generate_state(1)
+def seed_generators(seed: int, step: int, part: int) -> None:
+    """Seed torch's, Python's and NumPy's global generators (dropout may draw from any of them) for one part of a step:
+    a function of these numbers alone, so that a resumed run needs no state of theirs."""
+    words = np.random.SeedSequence([seed, step, part]).generate_state(1)
     torch.manual_seed(int(words[0]))
     random.seed(int(words[0]))
     np.random.seed(words)
@@ -241,29 +250,43 @@ class _Mean:
                 raise TrainingError(f"the norm of the gradients is {norm}", where=self.where, do=LOWER)
 
 
-def _step(
+def _backward(
     loop: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     data: Source,
     rows: np.ndarray,
-    clip: float,
-    stop: Stop,
-    where: str,
-) -> _Mean:
-    """One optimizer step on a batch; no parameter is changed in any process where the loss is not finite in one, nor
-    where the norm of the gradients is not. Waits for a GPU once, for the loss: the norm is looked at a step later
-    there (:meth:`_Mean.check`), and until then the optimizer itself leaves the step out.
+    count: int,
+    seeds: tuple[int, int],
+) -> list[tuple[float, Pending]]:
+    """The gradients of one batch in ``count`` parts, and each part of this process with its share of the rows and its
+    loss. Nothing is waited for but the other processes, in the last part's backward.
 
-    A process with ``n`` of the ``N`` rows weighs its mean loss by ``n / N``; the average over processes that follows
+    A part with ``n`` of the ``N`` rows weighs its mean loss by ``n / N``; the average over processes that follows
     divides by their number. One without rows computes a row of another's with weight 0, to stay in step.
     """
-    part = processes.part(len(rows))
-    own = part.stop - part.start
-    loss, parts = loop(data.batch(rows, part=part if own else slice(0, 1)) if own < len(rows) else data.batch(rows))
-    pending = Pending({"loss": loss, **parts})
     optimizer.zero_grad(set_to_none=True)
-    (loss * (own * processes.size() / len(rows))).backward()  # queued before the loss is looked at
-    asked, *sums = processes.total([float(stop.asked), *(own / len(rows) * v for v in pending.numbers().values())])
+    losses, parts = [], processes.parts(len(rows), count)
+    for number, part in parts.items():
+        seed_generators(*seeds, number)
+        own = part.stop - part.start
+        batch = data.batch(rows, part=part if own else slice(0, 1)) if own < len(rows) else data.batch(rows)
+        more = number != max(parts)
+        with loop.no_sync() if more and isinstance(loop, DistributedDataParallel) else nullcontext():
+            loss, terms = loop(batch)
+            losses.append((own / len(rows), Pending({"loss": loss, **terms})))
+            (loss * (own * processes.size() / len(rows))).backward()  # queued before the loss is looked at
+    return losses
+
+
+def _step(
+    optimizer: torch.optim.Optimizer, losses: list[tuple[float, Pending]], clip: float, stop: Stop, where: str
+) -> _Mean:
+    """One optimizer step by the gradients that are there; no parameter is changed in any process where the loss is not
+    finite in one, nor where the norm of the gradients is not. Waits for a GPU once, for the loss: the norm is looked at
+    a step later there (:meth:`_Mean.check`), and until then the optimizer itself leaves the step out."""
+    terms = [{name: share * value for name, value in pending.numbers().items()} for share, pending in losses]
+    mine = {name: sum(part[name] for part in terms) for name in terms[0]}
+    asked, *sums = processes.total([float(stop.asked), *mine.values()])
     if not math.isfinite(sums[0]):
         raise TrainingError(f"the loss is {sums[0]}", where=where, do=LOWER)
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
@@ -271,7 +294,7 @@ def _step(
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    mean = _Mean(sums[0], dict(zip(parts, sums[1:])), asked > 0, Pending({"norm": norm}), where)
+    mean = _Mean(sums[0], dict(zip([*mine][1:], sums[1:])), asked > 0, Pending({"norm": norm}), where)
     if norm.is_cuda:
         leave_out_unless_finite(optimizer, norm)
     else:

@@ -25,15 +25,19 @@ from kdlsq_fx.errors import TrainingError
 from kdlsq_fx.kd_cache import Cache
 from kdlsq_fx.kd_cache_build import build_cache
 
-STEPS = {"W2E2A8": 50}  # of the other cases 15
+STEPS = 15
 # Qconfig and options of the loss, in float64: two processes add up in another order than one, in float32 codes flip at
-# near-ties, and curves part after some twenty steps, as they do when the rows of a batch are reordered.
+# near-ties, and curves part after some twenty steps, as they do when the rows of a batch are reordered. SAME_SUMS: two
+# micro-batches are added up as two processes are, so that float32, dropout and all are the very same.
 CASES: dict[str, dict[str, Any]] = {
     "W2E2A8": {},
     "W4E4A8-lsq+": {"logits": 0.0, "padding": "paper"},  # the head is returned and gets no gradient
     "W8E8A8-ema": {"gold": 1.0},
     "W4E4A8": {"cached": True},  # no teacher
 }
+
+
+SAME_SUMS: dict[str, Any] = {"micro_batches": 2, "steps": 50, "plain": True}
 
 
 class Cut(Exception):
@@ -47,10 +51,11 @@ def cached(rows: data.Encoded, folder: Path) -> Cache:
     return Cache.open(folder)
 
 
-def loop(case: str, rows: data.Encoded, cache: Path | None = None) -> Any:
-    """A distilled student without dropout; other processes than the first calibrate on other batches."""
+def loop(case: str, rows: data.Encoded, cache: Path | None = None, *, plain: bool = False) -> Any:
+    """A distilled student, in float64 and without dropout unless ``plain``; other processes than the first calibrate on
+    other batches."""
     torch.manual_seed(0)
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    still = {} if plain else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     qat = prepare_qat(bert(**still), case)
     calibrate(qat, rows.sample(2, batch_size=8, seed=processes.rank()), progress=False)
     teacher = bert(**still).eval()
@@ -59,14 +64,14 @@ def loop(case: str, rows: data.Encoded, cache: Path | None = None) -> Any:
             p.mul_(1.5)
     options = CASES.get(case, {})
     kd = distill(qat, cache=cached(rows, cache)) if cache and "cached" in options else distill(qat, teacher, **options)
-    return kd.double()
+    return kd if plain else kd.double()
 
 
-def run(case: str, folder: Path, out: Path, *, stop_at: int = 0, batch_size: int = 8, steps: int = 0) -> Any:
+def run(case: str, folder: Path, out: Path, *, stop_at: int = 0, plain: bool = False, **options: Any) -> Any:
     """Train for so many steps; the first step's gradients and the last weights are written by the first process."""
     rows = data.load(folder, tokenizer()).train
     cache = folder / "cache" if "cached" in CASES[case] else None
-    kd = loop(case, rows, cache)
+    kd = loop(case, rows, cache, plain=plain)
     source = rows if cache is None else cached(rows, cache).source(rows)
 
     def on_step(step: int, _: torch.nn.Module) -> None:
@@ -77,8 +82,8 @@ def run(case: str, folder: Path, out: Path, *, stop_at: int = 0, batch_size: int
             raise Cut
 
     train.fit(
-        kd, source, out_dir=out, steps=steps or STEPS.get(case, 15), lr=1e-4, batch_size=batch_size, seed=7,
-        save_every=10, on_step=on_step, groups=param_groups(kd, lr=1e-4, lr_scale_act=1e-3),
+        kd, source, out_dir=out, lr=1e-4, seed=7, save_every=10, on_step=on_step,
+        groups=param_groups(kd, lr=1e-4, lr_scale_act=1e-3), **{"steps": STEPS, "batch_size": 8} | options,
     )  # fmt: skip
     if processes.first():
         save_file({k: v.clone() for k, v in kd.state_dict().items()}, out / "weights.safetensors")
@@ -98,9 +103,11 @@ def curves(folder: Path, out: Path) -> None:
     for case in CASES:
         run(case, folder, out / case)
     run("W2E2A8", folder, out / "one-row", batch_size=1, steps=8)  # one process has no row at all
+    run("W2E2A8", folder, out / "same-sums", **SAME_SUMS)
+    run("W4E4A8-lsq+", folder, out / "in-four", micro_batches=4)
     run("W2E2A8", folder, out / "begun-alone")
     with suppress(Cut):
-        run("W2E2A8", folder, out / "begun-together", stop_at=25)
+        run("W2E2A8", folder, out / "begun-together", stop_at=11)
     processes.leave()
 
 

@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks
+import torch
 from safetensors.torch import load_file
 from tiny_glue import write_model, write_sst
 
 from kdlsq_fx import checkpoint, processes
 
+torch.set_num_threads(1)
 TESTS = Path(__file__).resolve().parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -53,18 +55,24 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     for case in ranks.CASES:
         ranks.run(case, folder, one / case)
     ranks.run("W2E2A8", folder, one / "one-row", batch_size=1, steps=8)
+    ranks.run("W2E2A8", folder, one / "same-sums", **ranks.SAME_SUMS)
     with pytest.raises(ranks.Cut):
-        ranks.run("W2E2A8", folder, two / "begun-alone", stop_at=25)
+        ranks.run("W2E2A8", folder, two / "begun-alone", stop_at=11)
     group = torchrun(2, TESTS / "ranks.py", "curves", folder, two)
     _, said = group.communicate(timeout=900)
     assert group.returncode == 0, said
     ranks.run("W2E2A8", folder, two / "begun-together")
     pairs = [(one / case, two / case) for case in (*ranks.CASES, "one-row")]
     pairs += [(one / "W2E2A8", two / name) for name in ("begun-alone", "begun-together")]
+    pairs += [(one / "W4E4A8-lsq+", two / "in-four")]
     for a, b in pairs:
         np.testing.assert_allclose(losses(a), losses(b), rtol=0, atol=1e-6)
         close(a, b, "gradients.safetensors", 1e-12)
         close(a, b, "weights.safetensors", 1e-10)  # Adam divides by a scale's own gradient, however small
+    same = [folder / "same-sums" for folder in (one, two)]
+    np.testing.assert_array_equal(losses(same[0]), losses(same[1]), strict=True)
+    assert len(losses(same[0])) == 50
+    close(*same, "weights.safetensors", 0.0)
     assert "gm.classifier.weight" not in str(list(load_file(two / "W4E4A8-lsq+" / "gradients.safetensors")))
 
 
@@ -144,9 +152,14 @@ def test_the_parts_are_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     for rows in range(12):
         for size in range(1, 6):
             monkeypatch.setattr(processes, "size", lambda size=size: size)
-            taken, parts = [], []
+            taken: list[int] = []
+            sizes: list[int] = []
+            numbers: list[int] = []
             for rank in range(size):
                 monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
-                parts.append(len(range(rows)[processes.part(rows)]))
-                taken += range(rows)[processes.part(rows)]
-            assert taken == list(range(rows)) and max(parts) - min(parts) <= 1
+                mine = processes.parts(rows, 2 * size)
+                numbers += mine
+                for part in mine.values():
+                    sizes.append(len(range(rows)[part]))
+                    taken += range(rows)[part]
+            assert taken == list(range(rows)) and max(sizes) - min(sizes) <= 1 and numbers == list(range(2 * size))
