@@ -282,7 +282,7 @@ def _draw(run: dict[str, Any]) -> None:
     series = [s for s in series if s.at]
     if series:
         title = f"{run['task']}: distance to the teacher on dev"
-        text = family_picture.scatter(series, title=title, x="MiB of model.safetensors", y="KL (nats)")
+        text = family_picture.scatter(series, title=title, x="MiB of constants.safetensors", y="KL (nats)")
         family_picture.write(text, HERE / f"family_{run['task']}.svg")
 
 

@@ -79,7 +79,7 @@ def parts(folder: Path) -> dict[str, float]:
     """Bytes of a folder, by what they hold."""
     sizes = {f.name: f.stat().st_size for f in folder.iterdir()}
     blocks = sum(f.stat().st_blocks * 512 for f in folder.iterdir())
-    data = (folder / "model.safetensors").read_bytes()
+    data = (folder / "constants.safetensors").read_bytes()
     header = int.from_bytes(data[:8], "little")
     rows = json.loads(data[8 : 8 + header])
     packed = json.loads(rows.pop("__metadata__")["layout"])["packed"]
@@ -100,11 +100,11 @@ def unpacking(folder: Path, repeat: int = 5) -> dict[str, float]:
     """Codes, their entropy, and the seconds (median, wall and CPU) that reading them takes."""
     from kdlsq_fx.run_int import read_safetensors
 
-    data = (folder / "model.safetensors").read_bytes()
+    data = (folder / "constants.safetensors").read_bytes()
     wall, cpu = [], []
     for _ in range(repeat):
         start, used = time.perf_counter(), time.process_time()
-        tensors = read_safetensors(data, "model.safetensors")
+        tensors = read_safetensors(data, "constants.safetensors")
         wall.append(time.perf_counter() - start)
         cpu.append(time.process_time() - used)
     codes = [t for t in tensors.values() if t.dtype.itemsize == 1 and t.ndim == 2]

@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     p = command(commands, "family", run, text)
     p.add_argument("model", help="fine-tuned classifier, or an encoder that is fine-tuned first; `minilm` is packaged")
     p.add_argument("--data", required=True, help=DATA_HELP)
-    p.add_argument("--budget", default="", help="sizes of model.safetensors, such as 6MiB,8MiB,11MiB,16MiB")
+    p.add_argument("--budget", default="", help="sizes of constants.safetensors, such as 6MiB,8MiB,11MiB,16MiB")
     p.add_argument("--latency", type=positive, metavar="MS", help="most milliseconds of a text of 128 tokens")
     text = "most bit operations of a text of 128 tokens, in 1e9: multiply-adds times the bits of both factors"
     p.add_argument("--bit-operations", type=positive, metavar="G", help=text)

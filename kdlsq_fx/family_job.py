@@ -247,7 +247,7 @@ def check(
 
 @dataclass(frozen=True)
 class MemberRow:
-    """One member in the table. Sizes in bytes of ``model.safetensors``; ``held_out``: distance to the teacher's outputs
+    """One member in the table. Bytes of ``constants.safetensors``; ``held_out``: distance to the teacher's outputs
     on rows held out of train; ``widths``: share of the weights' elements at each width."""
 
     name: str

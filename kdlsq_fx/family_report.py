@@ -69,7 +69,7 @@ def write_table(task: Job, rows: Sequence[MemberRow]) -> str:
         family_picture.Points("fp32", level),
     ]
     title = f"{task.dataset.task.name}: one training, {len(rows)} models"
-    picture = family_picture.scatter(series, title=title, x="MiB of model.safetensors", y="points on dev")
+    picture = family_picture.scatter(series, title=title, x="MiB of constants.safetensors", y="points on dev")
     family_picture.write(picture, task.out / "pareto.svg")
     return text
 

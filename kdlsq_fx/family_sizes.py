@@ -14,13 +14,13 @@ import numpy as np
 from .errors import CheckpointError
 from .family import Family, Member
 from .family_search import Array
-from .files import WEIGHTS
+from .files import CONSTANTS
 from .ops.qdq import torch_container
 from .packing import pack
 
 
 class Sizes:
-    """Bytes of ``model.safetensors`` in the ``int/`` folder of any member, to the byte, without writing it.
+    """Bytes of ``constants.safetensors`` in the ``int/`` folder of any member, to the byte, without writing it.
 
     ``folder``: that folder of the largest member. What goes with blocks is what the largest member without them lacks.
     """
@@ -30,11 +30,11 @@ class Sizes:
 
         self.family, self._known, self._names = family, dict[Member, int](), dict[tuple[int, ...], set[str]]()
         names = [f"{s.name}_codes" for s in family.switches]
-        with safe_open(folder / WEIGHTS, framework="np") as file:
+        with safe_open(folder / CONSTANTS, framework="np") as file:
             there = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (no mapping)
             layout = json.loads(file.metadata()["layout"])
         if missing := sorted(names - there.keys()):
-            where = f"{folder / WEIGHTS}: {missing[0]}"
+            where = f"{folder / CONSTANTS}: {missing[0]}"
             raise CheckpointError("the codes of a switch are not there", where=where, do="report this")
         self._rest = {n: (v.shape, v.dtype) for n, v in there.items() if n not in names}
         self._packed = {n: row for n, row in layout["packed"].items() if n in self._rest}
@@ -72,7 +72,7 @@ class Sizes:
             one = replace(self.family.largest, left_out=left_out)
             with tempfile.TemporaryDirectory() as folder, self.family.at(one) as kd:
                 convert(kd.student).save_pretrained(folder)
-                with safe_open(Path(folder) / WEIGHTS, framework="np") as file:
+                with safe_open(Path(folder) / CONSTANTS, framework="np") as file:
                     self._names[left_out] = set(file.keys())
         return self._names[left_out]
 

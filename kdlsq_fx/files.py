@@ -24,6 +24,7 @@ INFO = "kdlsq.json"
 SETTINGS = "settings.json"
 RUN = "run.json"
 WEIGHTS = "model.safetensors"
+CONSTANTS = "constants.safetensors"  # of an int folder: by the name above transformers would load it as a float model
 # how the names of a tokenizer's files begin
 TOKENIZER_FILES = ("tokenizer", "vocab", "special_tokens", "added_tokens", "merges", "spm", "spiece", "sentencepiece")
 

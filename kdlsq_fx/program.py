@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from .errors import CheckpointError
-from .files import WEIGHTS, checksum, make_folder, read_json, read_tensors, write_tensors, write_text
+from .files import CONSTANTS, checksum, make_folder, read_json, read_tensors, write_tensors, write_text
 from .graph import fetch, output_args, put, site_of
 from .lowering import Island
 from .op import BY_NAME, op_of
@@ -28,7 +28,7 @@ DAMAGED = "copy the folder again"
 
 
 def save_program(gm: fx.GraphModule, path: str | Path, output_names: Sequence[str] = ()) -> Path:
-    """Write ``program.json`` and ``model.safetensors`` into the folder ``path``; each file is replaced as a whole.
+    """Write ``program.json`` and ``constants.safetensors`` into the folder ``path``; each file is replaced as a whole.
 
     ``output_names``: one a result of the graph, else they are numbered. Only call_function nodes of declared ops can
     be written: CheckpointError names any other. The program holds the hash of its constants, so that a folder half
@@ -40,12 +40,12 @@ def save_program(gm: fx.GraphModule, path: str | Path, output_names: Sequence[st
     names = output_names if len(output_names) == len(results) else [f"output_{i}" for i in range(len(results))]
     folder = make_folder(path)
     targets = [str(n.target) for n in gm.graph.find_nodes(op="get_attr")]
-    write_tensors(folder / WEIGHTS, {t: fetch(gm, t) for t in dict.fromkeys(targets)}, packed=True)
+    write_tensors(folder / CONSTANTS, {t: fetch(gm, t) for t in dict.fromkeys(targets)}, packed=True)
     program = {
         "format": FORMAT,
         "stage": gm.meta.get("stage", "int"),
         "integer_only": is_integer_only(gm),
-        "constants": {"file": WEIGHTS, "sha256": checksum(folder / WEIGHTS)},
+        "constants": {"file": CONSTANTS, "sha256": checksum(folder / CONSTANTS)},
         "inputs": [input_row(n, symbols) for n in gm.graph.find_nodes(op="placeholder")],
         "outputs": [output_row(gm, name, n, symbols) for name, n in zip(names, results)],
         "nodes": nodes,
@@ -77,11 +77,13 @@ def load_program(path: str | Path) -> fx.GraphModule:
     if program.get("format") != FORMAT:
         what = f"{folder / PROGRAM} has format {program.get('format')}, this version of kdlsq_fx reads {FORMAT} only"
         raise CheckpointError(what, do="convert the model again, from its qat folder")
-    tensors = read_tensors(folder / WEIGHTS)
     try:
-        wanted = program["constants"]["sha256"]
-        if wanted != checksum(folder / WEIGHTS):
-            raise CheckpointError(f"{folder / WEIGHTS} is not the file that {PROGRAM} was written with", do=DAMAGED)
+        name, wanted = program["constants"]["file"], program["constants"]["sha256"]
+        if Path(name).name != name:  # a file of this folder and no other
+            raise ValueError(f"{name!r} is no plain file name")
+        tensors = read_tensors(folder / name)
+        if wanted != checksum(folder / name):
+            raise CheckpointError(f"{folder / name} is not the file that {PROGRAM} was written with", do=DAMAGED)
         return _build(program, tensors, str(folder / PROGRAM))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as err:
         raise CheckpointError(f"{folder / PROGRAM} is damaged: {type(err).__name__}: {err}", do=DAMAGED) from None

@@ -1,6 +1,6 @@
 """Runs the integer program of a folder with NumPy alone: the reference for everyone who ports it to something else.
 
-    program = run_int.load("int")                     # program.json and model.safetensors
+    program = run_int.load("int")                     # program.json and constants.safetensors
     outputs = program(input_ids=..., attention_mask=..., token_type_ids=...)      # {"logits": float32 array}
 
     python run_int.py int --input inputs.npz --output outputs.npz [--sites sites.npz] [--show] [--exact]
@@ -635,7 +635,7 @@ def run(program: Program, options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", help="a folder with program.json and model.safetensors")
+    parser.add_argument("folder", help="a folder with program.json and constants.safetensors")
     parser.add_argument("--input", help=".npz file with one array per input")
     parser.add_argument("--output", help=".npz file to write the outputs to; a summary is printed anyway")
     parser.add_argument("--sites", help=".npz file to write the codes of every rounding op to, by site")

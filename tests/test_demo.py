@@ -161,7 +161,7 @@ def test_one_kernel_of_many_is_not_int8() -> None:
 
 
 def test_a_finished_run_is_only_read_back(finished: Path, source: Path, corpus: Corpus) -> None:
-    files = ("rows/student-qat.json", "qat/model.safetensors", "model.onnx", "int/model.safetensors")
+    files = ("rows/student-qat.json", "qat/model.safetensors", "model.onnx", "int/constants.safetensors")
     before = [(finished / f).stat().st_mtime_ns for f in files]
     assert demo.run(options(source, finished), corpus) == 0
     assert [(finished / f).stat().st_mtime_ns for f in files] == before

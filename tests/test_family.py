@@ -178,7 +178,7 @@ def test_sizes_are_those_of_the_files(tmp_path: Path, name: str, qconfig: str) -
     for number, member in enumerate((mixed(family), mixed(family, 0), mixed(family, 1), family.uniform(2))):
         folder = tmp_path / str(number)
         kq.convert(family.member(member, model)).save_pretrained(folder)
-        size = (folder / "model.safetensors").stat().st_size
+        size = (folder / "constants.safetensors").stat().st_size
         assert sizes.of(member) == size >= sizes.smallest()
         there = [i for i, s in enumerate(family.switches) if s.block is None or s.block not in member.left_out]
         summed = fixed - blocks[list(member.left_out)].sum()
@@ -194,7 +194,7 @@ def test_a_uniform_member_has_the_size_of_the_model_of_its_width(tmp_path: Path)
         alone = kq.prepare_qat(model, f"W{bits}E{bits}A8").eval()
         kq.calibrate(alone, [data], progress=False)
         kq.convert(alone).save_pretrained(tmp_path / str(bits))
-        size = (tmp_path / str(bits) / "model.safetensors").stat().st_size
+        size = (tmp_path / str(bits) / "constants.safetensors").stat().st_size
         assert abs(sizes.of(family.uniform(bits)) - size) < 64  # the header's "first" and "levels" of other codes
 
 

@@ -58,7 +58,7 @@ def test_each_budget_has_a_model_within_it(made: tuple[Path, list[str], list[str
     table = json.loads((out / "table.json").read_text())
     assert [m["name"] for m in table["members"]] == budgets
     for row in table["members"]:
-        size = (out / row["name"] / "int" / "model.safetensors").stat().st_size
+        size = (out / row["name"] / "int" / "constants.safetensors").stat().st_size
         assert size == row["size"] == row["expected"] <= row["budget"]
     for name in ("table.md", "pareto.svg", "sensitivity.md", "sensitivity.svg", "losses.json"):
         assert (out / name).stat().st_size > 200
@@ -151,7 +151,7 @@ def test_another_budget_needs_no_more_training(made: tuple[Path, list[str], list
     assert "another plan" in capsys.readouterr().err
     shutil.rmtree(out / budgets[0] / "int")
     assert main([*argv, "--budget", budgets[0]]) == 0
-    assert (out / budgets[0] / "int" / "model.safetensors").is_file()
+    assert (out / budgets[0] / "int" / "constants.safetensors").is_file()
     files = [str(out / name / "rules.json") for name in budgets]
     assert list(_qconfigs(Namespace(qconfig=files, target="ort-cpu"))) == budgets
 

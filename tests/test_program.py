@@ -15,11 +15,12 @@ from calibrated import calibrated, converted
 from families import batch
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from transformers import BertForSequenceClassification
 
 from kdlsq_fx.api import from_pretrained
 from kdlsq_fx.backends.reference import ReferenceModel
 from kdlsq_fx.errors import CheckpointError, ConfigError
-from kdlsq_fx.files import WEIGHTS
+from kdlsq_fx.files import CONSTANTS
 from kdlsq_fx.program import PROGRAM, load_program, program_text, save_program
 
 DATA = batch(rows=4, length=9, seed=2)
@@ -53,8 +54,13 @@ def test_a_loaded_program_gives_the_same_results(folder: Path) -> None:
 
 def test_saving_again_gives_the_same_files(folder: Path, tmp_path: Path) -> None:
     from_pretrained(folder).save_pretrained(tmp_path)
-    for name in (PROGRAM, WEIGHTS, "kdlsq.json", "run_int.py"):
+    for name in (PROGRAM, CONSTANTS, "kdlsq.json", "run_int.py"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_transformers_takes_it_for_no_float_model(folder: Path) -> None:
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        BertForSequenceClassification.from_pretrained(folder)
 
 
 def test_labels_give_the_loss_after_loading(folder: Path) -> None:
@@ -100,23 +106,23 @@ def edit(path: Path, change: Any) -> None:
 
 
 def test_a_truncated_safetensors_file(copied: Path) -> None:
-    whole = (copied / WEIGHTS).read_bytes()
+    whole = (copied / CONSTANTS).read_bytes()
     for size in (0, 5, len(whole) // 2, len(whole) - 1):
-        (copied / WEIGHTS).write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match=WEIGHTS):
+        (copied / CONSTANTS).write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=CONSTANTS):
             load_program(copied)
 
 
 def test_constants_of_another_program(copied: Path, tmp_path: Path) -> None:
     converted("W8E8A8-int").save_pretrained(tmp_path / "other")
-    (copied / WEIGHTS).write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
+    (copied / CONSTANTS).write_bytes((tmp_path / "other" / CONSTANTS).read_bytes())
     with pytest.raises(CheckpointError, match="is not the file"):
         load_program(copied)
 
 
 def test_a_save_over_another_model_that_was_stopped(copied: Path, tmp_path: Path) -> None:
     converted("W8E8A8-int").save_pretrained(tmp_path / "other")
-    for name in (WEIGHTS, PROGRAM):  # written before kdlsq.json
+    for name in (CONSTANTS, PROGRAM):  # written before kdlsq.json
         (copied / name).write_bytes((tmp_path / "other" / name).read_bytes())
     assert load_program(copied)
     with pytest.raises(CheckpointError, match=r"(?s)kdlsq.json belongs to another.*save the model again"):
@@ -135,18 +141,18 @@ def test_another_format(copied: Path, version: Any, do: str) -> None:
 def test_codes_outside_a_packed_range(tmp_path: Path) -> None:
     converted("W2E2A8-int").save_pretrained(tmp_path)
     assert load_program(tmp_path)
-    with safe_open(tmp_path / WEIGHTS, framework="np") as file:
+    with safe_open(tmp_path / CONSTANTS, framework="np") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
     name = next(n for n, row in json.loads(metadata["layout"])["packed"].items() if row["levels"] == 3)
     tensors[name][1] = 243
-    save_file(tensors, tmp_path / WEIGHTS, metadata)
+    save_file(tensors, tmp_path / CONSTANTS, metadata)
     with pytest.raises(CheckpointError, match=f"{name} is damaged: byte 1 is 243"):
         load_program(tmp_path)
 
 
 def test_missing_files(copied: Path) -> None:
-    (copied / WEIGHTS).unlink()
+    (copied / CONSTANTS).unlink()
     with pytest.raises(CheckpointError, match="does not exist"):
         load_program(copied)
     with pytest.raises(CheckpointError, match="does not exist"):

@@ -27,7 +27,7 @@ from kdlsq_fx import ops, run_int
 from kdlsq_fx.api import convert, prepare_qat
 from kdlsq_fx.backends.reference import ReferenceModel
 from kdlsq_fx.calibration import calibrate
-from kdlsq_fx.files import WEIGHTS
+from kdlsq_fx.files import CONSTANTS
 from kdlsq_fx.op import BY_NAME
 from kdlsq_fx.ops.int_gelu import gelu_constants
 from kdlsq_fx.ops.int_mean import mean_constants
@@ -347,10 +347,10 @@ def first(program: Any, op: str) -> Any:
 
 
 def test_a_truncated_or_padded_safetensors_file(copied: Path) -> None:
-    whole = (copied / WEIGHTS).read_bytes()
+    whole = (copied / CONSTANTS).read_bytes()
     for data in (whole[:0], whole[:5], whole[: len(whole) // 2], whole[:-1], whole + b"x", b"\xff" * 8 + whole[8:]):
-        (copied / WEIGHTS).write_bytes(data)
-        with pytest.raises(ProgramError, match=r"model\.safetensors is (truncated|damaged)"):
+        (copied / CONSTANTS).write_bytes(data)
+        with pytest.raises(ProgramError, match=r"constants\.safetensors is (truncated|damaged)"):
             run_int.load(copied)
 
 
@@ -380,9 +380,9 @@ def test_headers_that_lie(row: Any) -> None:
 
 
 def test_the_constants_of_another_program(copied: Path) -> None:
-    data = bytearray((copied / WEIGHTS).read_bytes())
+    data = bytearray((copied / CONSTANTS).read_bytes())
     data[-1] ^= 1
-    (copied / WEIGHTS).write_bytes(data)
+    (copied / CONSTANTS).write_bytes(data)
     with pytest.raises(ProgramError, match="is not the file"):
         run_int.load(copied)
     edit(copied, lambda p: p["constants"].update(sha256=hashlib.sha256(data).hexdigest()))
@@ -401,7 +401,7 @@ def test_the_constants_of_another_program(copied: Path) -> None:
         (lambda p: first(p, "lookup").pop("args"), "damaged"),
         (lambda p: p["outputs"][0].update(value={"node": "nobody"}), "'outputs' reads 'nobody'|makes floats"),
         (lambda p: p.update(constants=None), "cannot be read"),
-        (lambda p: p["constants"].update(file="../model.safetensors"), "no plain file name"),
+        (lambda p: p["constants"].update(file="../constants.safetensors"), "no plain file name"),
     ],
 )
 def test_damaged_programs(copied: Path, change: Callable[[Any], Any], message: str) -> None:
@@ -411,7 +411,7 @@ def test_damaged_programs(copied: Path, change: Callable[[Any], Any], message: s
 
 
 def test_missing_files_and_the_command_s_errors(copied: Path, tmp_path: Path) -> None:
-    (copied / WEIGHTS).unlink()
+    (copied / CONSTANTS).unlink()
     with pytest.raises(ProgramError, match="cannot be read"):
         run_int.load(copied)
     done = alone(copied / "run_int.py", tmp_path / "nowhere")
