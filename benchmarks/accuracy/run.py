@@ -155,6 +155,7 @@ def main() -> int:
     p.add_argument("--tasks", nargs="+", choices=trial.TASKS, help="only these")
     p.add_argument("--bits", nargs="+", type=int, choices=(2, 4, 8), default=(2, 4, 8), help="only these")
     p.add_argument("--seeds", nargs="+", type=int, default=(*SEEDS, RATE_SEED), help="only these")
+    p.add_argument("--rows", nargs="+", choices=(*trial.ROWS, "best"), default=(*trial.ROWS, "best"), help="only these")
     p.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="of the matrix products in a student's training"
     )
@@ -174,7 +175,7 @@ def main() -> int:
         args.runs.mkdir(parents=True, exist_ok=True)
         wanted = jobs_of("rates") + (jobs_of(args.table) if args.table != "rates" else [])
         wanted = [j for j in wanted if j["task"] in (args.tasks or trial.TASKS)]
-        wanted = [j for j in wanted if j["bits"] in args.bits and j["seed"] in args.seeds]
+        wanted = [j for j in wanted if j["bits"] in args.bits and j["seed"] in args.seeds and j["row"] in args.rows]
         first = {(j["task"], j["seed"]): _job(j["task"], j["seed"], "fp32", 32, steps=0) for j in wanted}
         jobs = [j | common for j in (*first.values(), *wanted) if not path_of(j).exists()]
         ready = functools.partial(_ready, runs=args.runs)
