@@ -52,7 +52,8 @@ def write(folder: Path) -> None:
     ]
     for bits in (8, 4, 2):
         text += _table(runs, labels, drawn, bits)
-    text += ["", *_pairs(drawn), "", *_by_task(drawn), "", *_missing(), "", *_rates(), "", *_origin(runs.values())]
+    sections = (_pairs(drawn), _by_task(drawn), _why(runs), _missing(), _rates(), _origin(runs.values()))
+    text += [line for section in sections for line in ("", *section)]
     (run.HERE / "accuracy.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     _draw(runs)
 
@@ -109,7 +110,7 @@ def _constant(task: str, labels: np.ndarray) -> float:
 def _levels(name: str, bits: int) -> str:
     if name == "fp32":
         return ""
-    rules = resolve(trial.ROWS["kdlsq-lsq" if name == "best" else name].preset(bits)).rules
+    rules = resolve(trial.row_of(name).preset(bits)).rules
     spec = next(rule.weight for rule in rules if rule.op == "linear" and rule.weight is not None)
     return str(spec.qmax - spec.qmin + 1)
 
@@ -171,6 +172,48 @@ def _verdict(got: tuple[float, float, float], seeds: dict[str, list[int]]) -> st
     return f"{_interval(*got)} ({word}{on})"
 
 
+def _why(runs: dict[Key, Any]) -> list[str]:
+    """How the students without a teacher learn, and what of the teacher it is that helps."""
+    out = [
+        "## Where the teacher helps, and what of it",
+        "",
+        "Students at W2E2A8 with LSQ's step and gold labels, no teacher: mean loss of 20 steps of training, and",
+        "points on dev beside the student with a teacher and the fp32 model; means over the seeds named.",
+        "",
+        "| task | seeds | loss, steps 1-20 | 181-200 | 381-400 | dev | with a teacher | fp32 |",
+        "|---" * 8 + "|",
+    ]
+    for task in run.CORE:
+        seeds = _seeds(runs, [("lsq", 2), ("kdlsq-lsq", 2), ("fp32", 32)], [task])
+        if not seeds:
+            continue
+        losses = np.mean([[runs[task, "lsq", 2, s]["curves"]["loss"][i] for i in (0, 9, 19)] for s in seeds], axis=0)
+        scores = [_mean_score(runs, task, *row, seeds) for row in (("lsq", 2), ("kdlsq-lsq", 2), ("fp32", 32))]
+        cells = [", ".join(map(str, seeds)), *(f"{x:.2f}" for x in losses), *(f"{x:.1f}" for x in scores)]
+        out.append(f"| {task} | {' | '.join(cells)} |")
+    return out + _parts(runs)
+
+
+def _parts(runs: dict[Key, Any]) -> list[str]:
+    tasks, seed = run.RATE_TASKS, run.PARTS_SEED
+    parts = {(r["task"], r["row"], r["lr_used"]): r for r in _read() if r["row"] in trial.PARTS and r["seed"] == seed}
+    if not parts:
+        return []
+    said = f"The student with LSQ's step at seed {seed}, by what it learns from; in brackets the learning rate."
+    out = ["", said, "", f"| learns from | {' | '.join(tasks)} |", "|---" * (1 + len(tasks)) + "|"]
+    rows = {"labels, no teacher": "lsq", "all of the teacher": "kdlsq-lsq", "all of it, and labels": "kdlsq-lsq-gold"}
+    told = [(title, run.best_rate(name), [runs.get((t, name, 2, seed)) for t in tasks]) for title, name in rows.items()]
+    for name, lr in dict.fromkeys((name, lr) for _, name, lr in parts):
+        told.append((trial.PARTS[name].title, lr, [parts.get((t, name, lr)) for t in tasks]))
+    for title, lr, found in told:
+        out.append(f"| {title} ({lr:g}) | {' | '.join(_cell([r] if r else []) for r in found)} |")
+    return out
+
+
+def _mean_score(runs: dict[Key, Any], task: str, name: str, bits: int, seeds: list[int]) -> float:
+    return float(np.mean([runs[task, name, bits, s]["score"]["headline"] for s in seeds]))
+
+
 def _missing() -> list[str]:
     """What the full table has and the results have not."""
     there = Counter[tuple[str, int, int]]()
@@ -207,7 +250,11 @@ def _rates() -> list[str]:
         f"| method | {' | '.join(f'{lr:g}' for lr in run.RATES)} |",
         "|---" * (1 + len(run.RATES)) + "|",
     ]
-    swept = {(r["row"], r["lr_used"], r["task"]): r["score"]["headline"] for r in _read() if r["swept"]}
+    swept = {
+        (r["row"], r["lr_used"], r["task"]): r["score"]["headline"]
+        for r in _read()
+        if r["swept"] and r["seed"] == run.RATE_SEED
+    }
     for name in dict.fromkeys(k[0] for k in swept):
         cells = []
         for lr in run.RATES:
@@ -225,7 +272,7 @@ def _origin(runs: Collection[dict[str, Any]]) -> list[str]:
             seen.setdefault(key, set()).add(value)
     kinds: dict[str, set[str]] = {}
     for r in runs:
-        if r["row"] != "fp32" and trial.ROWS["kdlsq-lsq" if r["row"] == "best" else r["row"]].trained:
+        if r["row"] != "fp32" and trial.row_of(r["row"]).trained:
             kinds.setdefault(_precision(r), set()).add(f"{r['task']} {r['seed']}")
     told = [f"{kind}: {', '.join(sorted(names))}" for kind, names in sorted(kinds.items())]
     return [

@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy/run.py --table core      # SST-2, MRPC, RTE, STS-B at W4 and W2, three seeds
     python benchmarks/accuracy/run.py --table full      # CoLA, QNLI, SQuAD and W8 too
+    python benchmarks/accuracy/run.py --table parts     # what of the teacher helps at 2 bits
     python benchmarks/accuracy/run.py --report          # only accuracy.md and its pictures, from the JSONs
 
 First the learning rate of each method is chosen on two tasks with a seed of its own (``--table rates``, done first).
@@ -39,6 +40,7 @@ RESULTS = HERE / "results"
 CORE, BATCH, STEPS = ("mrpc", "rte", "stsb", "sst2"), 32, 400
 SEEDS, RATE_SEED = (42, 43, 44), 1  # the rates are chosen with a seed that is not in the table
 RATES, RATE_TASKS, RATE_STEPS = (1e-4, 2e-4, 4e-4), ("mrpc", "stsb"), 300
+PARTS_SEED = 44
 LR = {8: 5e-5, 4: 1e-4}  # every method the same; at 2 bits by the sweep
 BEST_SHARE = 2.5  # steps of the best recipe, as a multiple of the cap
 
@@ -48,6 +50,9 @@ def jobs_of(table: str) -> list[pool.Job]:
     if table == "rates":
         swept = [n for n, r in trial.ROWS.items() if r.trained and not n.endswith("-gold")]
         return [_job(t, RATE_SEED, n, 2, steps=RATE_STEPS, lr=lr) for t in RATE_TASKS for n in swept for lr in RATES]
+    if table == "parts":
+        rates = {name: RATES[1:] if name.endswith("-logits") else RATES[-1:] for name in trial.PARTS}
+        return [_job(t, PARTS_SEED, n, 2, lr=lr) for t in RATE_TASKS for n, lrs in rates.items() for lr in lrs]
     bits = (2, 4) if table == "core" else (2, 4, 8)
     tasks = CORE if table == "core" else (*CORE, "cola", "qnli", "squad")
     jobs = []
@@ -94,7 +99,7 @@ def work(job: pool.Job) -> str:
     model.to(dataset.device)
     if job["row"] == "fp32":
         return _keep(job, dataset, model, {}, None)
-    row = trial.ROWS["kdlsq-lsq" if job["row"] == "best" else job["row"]]
+    row = trial.row_of(job["row"])
     lr = job["lr"] or LR.get(job["bits"]) or (best_rate(job["row"]) if row.trained else 0.0)
     train = with_more(dataset, Path(job["data"]), _tokenizer()) if job["row"] == "best" else dataset
     out = where / path_of(job).stem
@@ -151,11 +156,12 @@ def _dataset(folder: str, task: str, device: str) -> data.Dataset:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--table", choices=("rates", "core", "full"), default="core")
+    p.add_argument("--table", choices=("rates", "parts", "core", "full"), default="core")
     p.add_argument("--tasks", nargs="+", choices=trial.TASKS, help="only these")
     p.add_argument("--bits", nargs="+", type=int, choices=(2, 4, 8), default=(2, 4, 8), help="only these")
     p.add_argument("--seeds", nargs="+", type=int, default=(*SEEDS, RATE_SEED), help="only these")
-    p.add_argument("--rows", nargs="+", choices=(*trial.ROWS, "best"), default=(*trial.ROWS, "best"), help="only these")
+    names = (*trial.ROWS, *trial.PARTS, "best")
+    p.add_argument("--rows", nargs="+", choices=names, default=names, help="only these")
     p.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="of the matrix products in a student's training"
     )

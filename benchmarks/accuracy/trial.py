@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from kdlsq_fx.train import fit
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A method: the quantizer's suffix in a preset's name, whether a teacher is there, whether labels join the loss."""
+    """A method: the quantizer's suffix in a preset's name, whether a teacher is there, whether labels join the loss.
+    ``distil``: keywords of ``kq.distill`` where not all of the teacher counts."""
 
     title: str
     quantizer: str
@@ -30,6 +31,7 @@ class Row:
     gold: bool = False
     trained: bool = True
     bits: tuple[int, ...] = (8, 4, 2)
+    distil: dict[str, Any] = field(default_factory=dict)
 
     def preset(self, bits: int) -> str:
         return f"W{bits}E{bits}A8{self.quantizer}"
@@ -46,6 +48,22 @@ ROWS = {
     "kdlsq-lsq-gold": Row(title="KDLSQ, LSQ step, gold", quantizer="-lsq", teacher=True, gold=True),
     "kdlsq-gold": Row(title="KDLSQ, learned clip, gold", quantizer="", teacher=True, gold=True),
 }
+
+# What of the teacher it is that helps; no rows of the comparison.
+PARTS = {
+    "kdlsq-lsq-logits": Row(
+        title="its logits alone", quantizer="-lsq", teacher=True, bits=(2,), distil={"hidden": 0.0, "attention": 0.0}
+    ),
+    "kdlsq-lsq-layers": Row(
+        title="its hidden states and attention alone", quantizer="-lsq", teacher=True, bits=(2,), distil={"logits": 0.0}
+    ),
+}
+
+
+def row_of(name: str) -> Row:
+    """A row by its name; our best recipe has the quantizer and the loss of ``kdlsq-lsq``."""
+    return (ROWS | PARTS)["kdlsq-lsq" if name == "best" else name]
+
 
 # The fp32 models that every row starts from and learns from.
 FP32: dict[str, dict[str, Any]] = {
@@ -92,7 +110,7 @@ def train_row(
     for module in qat.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # the teacher has none, and its values are the target
-    more = {"span": SPAN} if dataset.task.spans else {}
+    more = row.distil | ({"span": SPAN} if dataset.task.spans else {})
     loop = kq.distill(qat, teacher, gold=float(row.gold), **more) if row.teacher else qat
     loop.to(dataset.device)
     curves = Curves(qat, dataset, steps, watch)
