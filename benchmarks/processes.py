@@ -1,5 +1,6 @@
 """Does training in several processes take the steps of one? MiniLM's student on real rows, fifty steps.
 
+    export OMP_NUM_THREADS=1                                                # as torchrun sets it
     python benchmarks/processes.py DATA --out runs/p/one
     torchrun --nproc-per-node 2 benchmarks/processes.py DATA --out runs/p/two
     python benchmarks/processes.py DATA --out runs/p/halves --micro-batches 2   # one process, the sums of two
@@ -7,8 +8,7 @@
     python benchmarks/processes.py --compare runs/p/two runs/p/halves runs/p/one runs/p/reversed
 
 ``DATA`` is a folder in GLUE's layout. ``--reverse`` turns the rows of every batch around: the same gradient, added up
-in another order. ``--double`` trains in float64. There is no dropout unless
-``--dropout`` leaves the model's.
+in another order. ``--double`` trains in float64. There is no dropout unless ``--dropout`` leaves the model's.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> None:
         kd, rows, out_dir=args.out, steps=args.steps, batch_size=args.batch_size, on_step=on_step,
         groups=kq.param_groups(kd, lr=5e-5), title=args.qconfig, micro_batches=args.micro_batches,
     )  # fmt: skip
+    if processes.first():
+        save_file({k: v.clone() for k, v in kd.state_dict().items()}, args.out / "weights.safetensors")
     processes.leave()
 
 
@@ -84,10 +86,12 @@ def compare(folders: list[Path]) -> None:
         whole /= float(sum((v.double() ** 2).sum() for v in x.values()) ** 0.5)
         beyond = np.flatnonzero(apart > 1e-5)
         first = f"step {beyond[0] + 1}" if len(beyond) else "none"
+        ends = [load_file(f / "weights.safetensors") for f in (one, other)]
+        moved = max(float((v.double() - ends[1][k].double()).abs().max()) for k, v in ends[0].items() if v.numel())
         print(
             f"{other.name} against {one.name}: {len(a)} steps, loss {a[0]:.5f} to {a[-1]:.5f}; largest difference "
             f"{apart.max():.1e} ({(apart / a).max():.1e} of the loss), first above 1e-5: {first}; first gradient "
-            f"{whole:.1e} (norm), {off:.1e} (worst entry)"
+            f"{whole:.1e} (norm), {off:.1e} (worst entry); last weights {moved:.1e}"
         )
 
 

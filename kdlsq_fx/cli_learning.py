@@ -130,6 +130,9 @@ def shared_tokenizer(student: str, teacher: str) -> Any:
         do = "give a teacher that was trained with the student's tokenizer; one with another can teach in Python only"
         do += " (kdlsq_fx.data.Paired; docs/distillation.md, Another tokenizer)"
         raise ConfigError(what, where="--teacher", do=do)
+    if len({str(getattr(getattr(one, "backend_tokenizer", None), "normalizer", "")) for one in found}) > 1:
+        say(f"the tokenizers of {student} and {teacher} have one vocabulary and prepare texts differently (lower case,")
+        say("accents): the teacher reads the student's ids")
     if not has_one(teacher) and found:
         say(f"{teacher} has no tokenizer: it is taken to read the student's ids")
     return found[0] if found else load_tokenizer(student)

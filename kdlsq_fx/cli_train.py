@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
     p.add_argument("--lr", type=positive, default=5e-5, help="learning rate of the student's weights")
     add_fp32(p)
     p.add_argument("--batch-size", type=at_least(1), default=32, help="rows of a batch")
-    text = "cut each into so many, one after the other (of several processes each takes some): less memory"
+    text = "cut each batch into N, computed one after the other (by several processes: shared out); less memory"
     p.add_argument("--micro-batches", type=at_least(1), default=0, metavar="N", help=text)
     p.add_argument("--seed", type=at_least(0), default=42, help="of the order of rows, a new head, dropout")
     p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the matrix products in training")
@@ -86,11 +86,13 @@ class _Work:
 def run(args: argparse.Namespace) -> int:
     from kdlsq_fx import job, opening, processes
     from kdlsq_fx.files import make_folder, write_text
+    from kdlsq_fx.train import check_micro_batches
 
     rules = _qconfigs(args)
     cli_learning.check_training(args)
     make_folder(args.out)
     processes.join()
+    check_micro_batches(args.micro_batches, args.batch_size)
     with resumable(args.out):
         work = _opened(args, rules)
         _rehearse_all(work)
@@ -158,8 +160,9 @@ def _remember(work: _Work) -> None:
 
     args, dataset = work.args, work.dataset
     hashes = {"train": dataset.train.fingerprint, "dev": dataset.dev.fingerprint}
-    recipe = asdict(work.recipe) | ({"cache": Cache.open(args.cache).fingerprint} if args.cache else {})
-    belongs_to(args.out, {"model": work.source, "data": hashes, "fp32": vars(work.fp32)})
+    recipe = asdict(work.recipe) | {"settings": work.recipe.settings.identity()}
+    recipe |= {"cache": Cache.open(args.cache).fingerprint} if args.cache else {}
+    belongs_to(args.out, {"model": work.source, "data": hashes, "fp32": work.fp32.identity()})
     for name, qconfig in work.rules.items():
         mine = {"recipe": recipe, "teacher": args.teacher, "target": args.target}
         mine |= {"qconfig": qconfig.to_dict()} | ({"more": work.learned.train.fingerprint} if args.more else {})

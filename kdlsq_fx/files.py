@@ -180,7 +180,9 @@ def check_stage(folder: Path, stage: str) -> None:
 
 def check_no_model(folder: Path) -> None:
     """CheckpointError for a folder that holds a model or a run: what is no part of either has no place in it."""
-    found = next((name for name in (INFO, "config.json", WEIGHTS, SETTINGS, RUN) if (folder / name).is_file()), "")
+    found = next(
+        (name for name in (INFO, "config.json", WEIGHTS, CONSTANTS, SETTINGS, RUN) if (folder / name).is_file()), ""
+    )
     if found:
         kind = "run" if found in (SETTINGS, RUN) else "model"
         raise CheckpointError(f"a {kind} stands in {folder} ({found})", do="name another folder")
@@ -223,6 +225,8 @@ def read_info(folder: Path) -> dict[str, Any]:
         what = f"was written by the Hugging Face Trainer: weights of a {kind}, without what the model is"
         do = f"build the same {kind} again, {kind}.load_state_dict(safetensors.torch.load_file('{folder / WEIGHTS}')), "
         do += f"{kind}.save_pretrained('{folder / 'qat'}'); callbacks=[kq.StudentCallback()] writes such folders"
+    elif (folder / CONSTANTS).exists():
+        what, do = f"has lost its {INFO}", "copy the folder again, all of it"
     elif (folder / "config.json").is_file() and (_holds_floats(weights) or not weights.exists()):
         what, do = "holds a model without quantizers", "quantize it first: prepare_qat, or `kdlsq-fx train --model`"
     else:

@@ -36,7 +36,7 @@ CALIBRATION_BATCHES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a model is trained: see :func:`kdlsq_fx.train.fit`."""
+    """How a model is trained: see :func:`kdlsq_fx.train.fit`. ``micro_batches`` is no part of what a run is."""
 
     epochs: float = 3
     lr: float = 5e-5
@@ -46,6 +46,10 @@ class Settings:
     clip: float = 0.0
     precision: str = "fp32"
     micro_batches: int = 0
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that goes on has to have in common with the one before."""
+        return {k: v for k, v in vars(self).items() if k != "micro_batches"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,8 +66,8 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def parts(rows: int, count: int) -> dict[int, slice]:
-    """So many rows cut into ``count`` parts, a multiple of the number of processes: this process's parts by number.
+def shares(rows: int, count: int) -> dict[int, slice]:
+    """So many rows cut into ``count`` shares, a multiple of the number of processes: this process's shares by number.
     They are contiguous, their sizes differ by one at most, and may be 0."""
     mine = range(count * rank() // size(), count * (rank() + 1) // size())
     return {i: slice(rows * i // count, rows * (i + 1) // count) for i in mine}

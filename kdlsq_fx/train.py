@@ -70,7 +70,6 @@ class Recipe:
     clip: float
     precision: str
     data: str
-    micro_batches: int
     groups: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -113,8 +112,9 @@ def fit(
     (``kq.param_groups`` for a qat module; plain ones without it). ``warmup`` is a share of the steps. ``clip`` bounds
     the norm of the gradient (0: not clipped). ``precision="bf16"`` runs the matrix products of training in bfloat16
     (autocast; parameters and optimizer state stay float32); evaluation is float32 in any case. ``micro_batches`` cuts
-    every batch into so many parts, shared out over the processes, which take theirs one after the other and add up the
-    gradients: less memory, and one process and two then add in the same order (0: one part a process).
+    every batch into so many, shared out over the processes, which take theirs one after the other and add up the
+    gradients: less memory, and with two of them one process adds what two processes add (0: one for each process). It
+    may change from one call to the next, as the number of processes may.
 
     A checkpoint is written every ``save_every`` steps and every ``save_seconds`` seconds, and at the end. With
     ``resume`` a run found in ``out_dir`` goes on where it was saved; a finished one is only loaded. Sets the global
@@ -134,15 +134,13 @@ def fit(
     total = steps if steps is not None else math.ceil(epochs * per_epoch)
     if total < 1 or batch_size < 1:
         raise ConfigError(f"{total} steps of {batch_size} rows", do="train for at least one step of one row")
-    if micro_batches % processes.size() or not 0 <= micro_batches <= batch_size:
-        what = f"{micro_batches} micro-batches of {batch_size} rows in {processes.size()} processes"
-        raise ConfigError(what, do="cut a batch into a multiple of the number of processes, of one row at least")
+    check_micro_batches(micro_batches, batch_size)
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"precision={precision!r} is unknown", do="use 'fp32' or 'bf16'")
     groups = plain_groups(model, lr=lr) if groups is None else groups
     recipe = Recipe(
         lr=lr, batch_size=batch_size, seed=seed, steps=total, warmup=warmup, clip=clip, precision=precision,
-        data=data.fingerprint, micro_batches=micro_batches,
+        data=data.fingerprint,
         groups=[{k: v for k, v in g.items() if k != "params"} | {"tensors": len(g["params"])} for g in groups],
     )  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=lr, eps=1e-8, fused=True)
@@ -186,6 +184,13 @@ def fit(
     return Fit(total, state["seconds"], float(np.mean(state["recent"])), first)
 
 
+def check_micro_batches(count: int, batch_size: int) -> None:
+    """ConfigError where batches cannot be cut into so many, to be shared out over the processes there are."""
+    if count % processes.size() or not 0 <= count <= batch_size:
+        what = f"{count} micro-batches of {batch_size} rows in {processes.size()} processes"
+        raise ConfigError(what, do="cut a batch into a multiple of the number of processes, of one row at least")
+
+
 def schedule(step: int, total: int, warmup: float = 0.0) -> float:
     """Factor of the learning rate at a step (from 0): up over the first ``warmup`` share, then down to 0."""
     rise = int(total * warmup)
@@ -198,10 +203,10 @@ def tell(model: torch.nn.Module, done: float) -> None:
         setattr(model, "progress", done)  # noqa: B010 (nn.Module types its attributes as tensors)
 
 
-def seed_generators(seed: int, step: int, part: int) -> None:
-    """Seed torch's, Python's and NumPy's global generators (dropout may draw from any of them) for one part of a step:
-    a function of these numbers alone, so that a resumed run needs no state of theirs."""
-    words = np.random.SeedSequence([seed, step, part]).generate_state(1)
+def seed_generators(seed: int, step: int, share: int) -> None:
+    """Seed torch's, Python's and NumPy's global generators (dropout may draw from any of them) for one share of a
+    batch: a function of these numbers alone, so that a resumed run needs no state of theirs."""
+    words = np.random.SeedSequence([seed, step, share]).generate_state(1)
     torch.manual_seed(int(words[0]))
     random.seed(int(words[0]))
     np.random.seed(words)
@@ -258,19 +263,21 @@ def _backward(
     count: int,
     seeds: tuple[int, int],
 ) -> list[tuple[float, Pending]]:
-    """The gradients of one batch in ``count`` parts, and each part of this process with its share of the rows and its
-    loss. Nothing is waited for but the other processes, in the last part's backward.
+    """The gradients of one batch in ``count`` shares, and the losses of this process's with their shares of the rows.
+    Nothing waits for a GPU.
 
-    A part with ``n`` of the ``N`` rows weighs its mean loss by ``n / N``; the average over processes that follows
-    divides by their number. One without rows computes a row of another's with weight 0, to stay in step.
+    A share with ``n`` of the ``N`` rows weighs its mean loss by ``n / N``; the average over processes that follows
+    divides by their number. A process without rows computes a row of another's with weight 0, to stay in step.
     """
     optimizer.zero_grad(set_to_none=True)
-    losses, parts = [], processes.parts(len(rows), count)
-    for number, part in parts.items():
+    losses, shares = [], processes.shares(len(rows), count)
+    for number, share in shares.items():
+        own = share.stop - share.start
+        if not own and processes.size() == 1:
+            continue
         seed_generators(*seeds, number)
-        own = part.stop - part.start
-        batch = data.batch(rows, part=part if own else slice(0, 1)) if own < len(rows) else data.batch(rows)
-        more = number != max(parts)
+        batch = data.batch(rows, part=share if own else slice(0, 1)) if own < len(rows) else data.batch(rows)
+        more = number != max(shares)
         with loop.no_sync() if more and isinstance(loop, DistributedDataParallel) else nullcontext():
             loss, terms = loop(batch)
             losses.append((own / len(rows), Pending({"loss": loss, **terms})))
@@ -284,8 +291,10 @@ def _step(
     """One optimizer step by the gradients that are there; no parameter is changed in any process where the loss is not
     finite in one, nor where the norm of the gradients is not. Waits for a GPU once, for the loss: the norm is looked at
     a step later there (:meth:`_Mean.check`), and until then the optimizer itself leaves the step out."""
-    terms = [{name: share * value for name, value in pending.numbers().items()} for share, pending in losses]
-    mine = {name: sum(part[name] for part in terms) for name in terms[0]}
+    mine: dict[str, float] = {}
+    for share, pending in losses:
+        for name, value in pending.numbers().items():
+            mine[name] = mine.get(name, 0.0) + share * value
     asked, *sums = processes.total([float(stop.asked), *mine.values()])
     if not math.isfinite(sums[0]):
         raise TrainingError(f"the loss is {sums[0]}", where=where, do=LOWER)

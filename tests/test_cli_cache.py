@@ -104,6 +104,16 @@ def test_a_cache_for_another_width_is_told_before_any_training(
     assert "the cache was made for one 16 wide" in capsys.readouterr().err
 
 
+def test_tokenizers_that_prepare_texts_differently_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = write_model(tmp_path / "one"), write_model(tmp_path / "two")
+    cli_learning.shared_tokenizer(str(one), str(two))
+    assert not capsys.readouterr().err
+    file = two / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "normalizer": {"type": "Lowercase"}}))
+    cli_learning.shared_tokenizer(str(one), str(two))
+    assert "prepare texts differently" in capsys.readouterr().err
+
+
 def test_a_teacher_of_its_own_has_a_row_and_the_plan_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,6 +44,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in (("one", "sentence\tlabel\ngood\t1\nfine\t1\n"), ("comma", "sentence,label\ngood,1\nbad,0\n")):
         write_sst(at / name, train=2, dev=2)
         (at / name / "train.tsv").write_text(text)
+    shutil.copytree(at / "run" / "int", at / "half")
+    (at / "half" / "kdlsq.json").unlink()
     (at / "csv").mkdir()
     (at / "csv" / "train.csv").write_text("sentence,label\ngood,1\nbad,0\n")
     (at / "empty").mkdir()
@@ -75,6 +77,7 @@ CACHE = ["cache", "--out", "o", "--data", "sst2", "--teacher", "clf"]
         (["convert", "m.onnx", "c"], "is a file, not a folder", "save_pretrained"),
         (["convert", "run", "c"], "no qat or int folder itself", "give run/qat or run/int"),
         (["convert", "empty", "c"], "has no kdlsq.json", "save_pretrained"),
+        (["convert", "half", "c"], "half has lost its kdlsq.json", "copy the folder again"),
         (["convert", "run/int", "c"], "converted already", "the qat model it was made from"),
         (["convert", "run/qat", "run/qat"], "a qat model stands in", "name another folder"),
         (["convert", "run/qat", "clf"], "a float model stands in", "name another folder"),
@@ -114,6 +117,7 @@ CACHE = ["cache", "--out", "o", "--data", "sst2", "--teacher", "clf"]
         ([*TRAIN, "--teacher", "score"], "it has a head of one output (regression), sst2", "fine-tune one first"),
         ([*TRAIN, "--teacher", "other"], "different tokenizers, those of enc and other", "kdlsq_fx.data.Paired"),
         ([*TRAIN, "--teacher", "small"], "the teacher small has a vocabulary of 9", "belong together"),
+        ([*TRAIN, "--micro-batches", "99"], "99 micro-batches of 32 rows in 1 processes", "of one row at least"),
         ([*TRAIN, "--layer-map", "hsk"], "there is no layer map 'hsk' [at --layer-map]", "--plan FILE for another"),
         ([*TRAIN, "--layer-map", "hsk:3"], "names layer 3 of the teacher, which has layers 0 to 2", "use 'uniform'"),
         ([*TRAIN, "--plan", "nosuch.json"], "there is no plan in nosuch.json", "plan_taps(...).save(path)"),

@@ -13,7 +13,6 @@ import pytest
 import torch
 from families import tiny
 from test_distillation import float_student
-from tiny_glue import tokenizer
 
 import kdlsq_fx as kq
 from kdlsq_fx import fused, kd_cache_build, train
@@ -21,7 +20,7 @@ from kdlsq_fx.compression import Compression
 from kdlsq_fx.data import Encoded
 from kdlsq_fx.distillation import Distiller, distill
 from kdlsq_fx.errors import CheckpointError, ConfigError, InputError, TrainingError
-from kdlsq_fx.kd_cache import Cache, tokenizer_hash
+from kdlsq_fx.kd_cache import Cache
 from kdlsq_fx.kd_cache_build import build_cache
 from kdlsq_fx.model import QuantModel
 
@@ -236,14 +235,6 @@ def test_other_data_and_other_plans_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="64 wide|32 wide"):
         distill(float_student(tiny("bert", hidden_size=64)), cache=cache)
     assert distill(kd.student, cache=cache, hidden=2.0, temperature=3.0).loss.temperature == 3.0
-
-
-def test_tokenizers_of_one_vocabulary_that_differ_in_lower_casing() -> None:
-    from tokenizers import normalizers
-
-    lower = tokenizer()
-    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
-    assert tokenizer_hash(tokenizer()) == tokenizer_hash(tokenizer()) != tokenizer_hash(lower)
 
 
 def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:

@@ -157,9 +157,9 @@ def test_the_parts_are_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
             numbers: list[int] = []
             for rank in range(size):
                 monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
-                mine = processes.parts(rows, 2 * size)
+                mine = processes.shares(rows, 2 * size)
                 numbers += mine
-                for part in mine.values():
-                    sizes.append(len(range(rows)[part]))
-                    taken += range(rows)[part]
+                for share in mine.values():
+                    sizes.append(len(range(rows)[share]))
+                    taken += range(rows)[share]
             assert taken == list(range(rows)) and max(sizes) - min(sizes) <= 1 and numbers == list(range(2 * size))

@@ -240,6 +240,7 @@ def test_other_settings_or_models_do_not_resume(tmp_path: Path, dataset: data.Da
         train.fit(bert(), dataset.train, out_dir=tmp_path, **{**SETTINGS, "precision": "fp16"})
     with pytest.raises(ConfigError, match="99 micro-batches of 8 rows in 1 processes"):
         train.fit(bert(), dataset.train, out_dir=tmp_path, **{**SETTINGS, "micro_batches": 99})
+    assert train.fit(bert(), dataset.train, out_dir=tmp_path, **SETTINGS, micro_batches=2).resumed_at > 0
 
 
 def test_damaged_checkpoints(tmp_path: Path, dataset: data.Dataset) -> None:

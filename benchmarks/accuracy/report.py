@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import run
 import trial
+from common import POINTS
 from intervals import DRAWS, Resamples, headlines
 
 from kdlsq_fx import data, rows
@@ -29,6 +30,7 @@ PAIRS = (
 )
 BEST = "KDLSQ, LSQ step, other tasks' texts, 2.5 x steps"
 
+WATCHED = (0, POINTS // 2 - 1, POINTS - 1)  # parts of a run whose loss is told
 SURE = 3  # seeds from which on a difference is called better or worse without naming how many there are
 
 Key = tuple[str, str, int, int]  # task, row, bits, seed
@@ -174,39 +176,49 @@ def _verdict(got: tuple[float, float, float], seeds: dict[str, list[int]]) -> st
 
 def _why(runs: dict[Key, Any]) -> list[str]:
     """How the students without a teacher learn, and what of the teacher it is that helps."""
+    width = run.STEPS // POINTS
+    ends = [f"{i * width + 1}-{(i + 1) * width}" for i in WATCHED]
     out = [
         "## Where the teacher helps, and what of it",
         "",
-        "Students at W2E2A8 with LSQ's step and gold labels, no teacher: mean loss of 20 steps of training, and",
-        "points on dev beside the student with a teacher and the fp32 model; means over the seeds named.",
+        f"Students at W2E2A8 with LSQ's step and gold labels, no teacher: mean loss of {width} steps (cross",
+        "entropy in nats; of stsb the squared error), and points on dev beside the student with a teacher and the fp32",
+        "model; means over the seeds named.",
         "",
-        "| task | seeds | loss, steps 1-20 | 181-200 | 381-400 | dev | with a teacher | fp32 |",
-        "|---" * 8 + "|",
+        f"| task | seeds | loss, steps {' | '.join(ends)} | dev | with a teacher | fp32 |",
+        "|---" * (5 + len(ends)) + "|",
     ]
     for task in run.CORE:
         seeds = _seeds(runs, [("lsq", 2), ("kdlsq-lsq", 2), ("fp32", 32)], [task])
         if not seeds:
             continue
-        losses = np.mean([[runs[task, "lsq", 2, s]["curves"]["loss"][i] for i in (0, 9, 19)] for s in seeds], axis=0)
+        curves = np.array([runs[task, "lsq", 2, s]["curves"]["loss"] for s in seeds])
         scores = [_mean_score(runs, task, *row, seeds) for row in (("lsq", 2), ("kdlsq-lsq", 2), ("fp32", 32))]
-        cells = [", ".join(map(str, seeds)), *(f"{x:.2f}" for x in losses), *(f"{x:.1f}" for x in scores)]
-        out.append(f"| {task} | {' | '.join(cells)} |")
-    return out + _parts(runs)
+        cells = [", ".join(map(str, seeds)), *(f"{x:.2f}" for x in curves.mean(axis=0)[list(WATCHED)])]
+        out.append(f"| {task} | {' | '.join(cells + [f'{x:.1f}' for x in scores])} |")
+    return out + _ablation(runs)
 
 
-def _parts(runs: dict[Key, Any]) -> list[str]:
-    tasks, seed = run.RATE_TASKS, run.PARTS_SEED
-    parts = {(r["task"], r["row"], r["lr_used"]): r for r in _read() if r["row"] in trial.PARTS and r["seed"] == seed}
-    if not parts:
+def _ablation(runs: dict[Key, Any]) -> list[str]:
+    tasks, seed = run.RATE_TASKS, run.ABLATION_SEED
+    ours = [r for r in _read() if r["task"] in tasks and r["seed"] == seed and r["bits"] == 2]
+    some = {(r["task"], r["row"], r["lr_used"]): r for r in ours}
+    if not any(row in trial.ABLATION for _, row, _ in some):
         return []
-    said = f"The student with LSQ's step at seed {seed}, by what it learns from; in brackets the learning rate."
-    out = ["", said, "", f"| learns from | {' | '.join(tasks)} |", "|---" * (1 + len(tasks)) + "|"]
-    rows = {"labels, no teacher": "lsq", "all of the teacher": "kdlsq-lsq", "all of it, and labels": "kdlsq-lsq-gold"}
-    told = [(title, run.best_rate(name), [runs.get((t, name, 2, seed)) for t in tasks]) for title, name in rows.items()]
-    for name, lr in dict.fromkeys((name, lr) for _, name, lr in parts):
-        told.append((trial.PARTS[name].title, lr, [parts.get((t, name, lr)) for t in tasks]))
-    for title, lr, found in told:
-        out.append(f"| {title} ({lr:g}) | {' | '.join(_cell([r] if r else []) for r in found)} |")
+    out = [
+        "",
+        f"The student with LSQ's step at W2E2A8, by what it learns from, on one seed ({seed}), which cannot decide",
+        "what lies within a few points; in brackets the learning rate.",
+        "",
+        f"| learns from | {' | '.join(tasks)} |",
+        "|---" * (1 + len(tasks)) + "|",
+    ]
+    told = {"labels, no teacher": "lsq", "all of the teacher": "kdlsq-lsq", "all of it, and labels": "kdlsq-lsq-gold"}
+    told |= {row.title: name for name, row in trial.ABLATION.items()}
+    for title, name in told.items():
+        for lr in sorted({rate for _, row, rate in some if row == name}):
+            found = [some.get((t, name, lr)) for t in tasks]
+            out.append(f"| {title} ({lr:g}) | {' | '.join(_cell([r] if r else []) for r in found)} |")
     return out
 
 

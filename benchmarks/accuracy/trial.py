@@ -23,7 +23,7 @@ from kdlsq_fx.train import fit
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """A method: the quantizer's suffix in a preset's name, whether a teacher is there, whether labels join the loss.
-    ``distil``: keywords of ``kq.distill`` where not all of the teacher counts."""
+    ``distil``: keywords of ``kq.distill`` where not all of the teacher counts, ``rates``: learning rates then."""
 
     title: str
     quantizer: str
@@ -32,6 +32,7 @@ class Row:
     trained: bool = True
     bits: tuple[int, ...] = (8, 4, 2)
     distil: dict[str, Any] = field(default_factory=dict)
+    rates: tuple[float, ...] = ()
 
     def preset(self, bits: int) -> str:
         return f"W{bits}E{bits}A8{self.quantizer}"
@@ -50,19 +51,29 @@ ROWS = {
 }
 
 # What of the teacher it is that helps; no rows of the comparison.
-PARTS = {
+ABLATION = {
     "kdlsq-lsq-logits": Row(
-        title="its logits alone", quantizer="-lsq", teacher=True, bits=(2,), distil={"hidden": 0.0, "attention": 0.0}
-    ),
+        title="its logits alone",
+        quantizer="-lsq",
+        teacher=True,
+        bits=(2,),
+        distil={"hidden": 0.0, "attention": 0.0},
+        rates=(2e-4, 4e-4),
+    ),  # fmt: skip
     "kdlsq-lsq-layers": Row(
-        title="its hidden states and attention alone", quantizer="-lsq", teacher=True, bits=(2,), distil={"logits": 0.0}
-    ),
+        title="its hidden states and attention alone",
+        quantizer="-lsq",
+        teacher=True,
+        bits=(2,),
+        distil={"logits": 0.0},
+        rates=(4e-4,),
+    ),  # fmt: skip
 }
 
 
 def row_of(name: str) -> Row:
     """A row by its name; our best recipe has the quantizer and the loss of ``kdlsq-lsq``."""
-    return (ROWS | PARTS)["kdlsq-lsq" if name == "best" else name]
+    return (ROWS | ABLATION)["kdlsq-lsq" if name == "best" else name]
 
 
 # The fp32 models that every row starts from and learns from.
