@@ -196,10 +196,10 @@ def _why(runs: dict[Key, Any]) -> list[str]:
         scores = [_mean_score(runs, task, *row, seeds) for row in (("lsq", 2), ("kdlsq-lsq", 2), ("fp32", 32))]
         cells = [", ".join(map(str, seeds)), *(f"{x:.2f}" for x in curves.mean(axis=0)[list(WATCHED)])]
         out.append(f"| {task} | {' | '.join(cells + [f'{x:.1f}' for x in scores])} |")
-    return out + _ablation(runs)
+    return out + _ablation()
 
 
-def _ablation(runs: dict[Key, Any]) -> list[str]:
+def _ablation() -> list[str]:
     tasks, seed = run.RATE_TASKS, run.ABLATION_SEED
     ours = [r for r in _read() if r["task"] in tasks and r["seed"] == seed and r["bits"] == 2]
     some = {(r["task"], r["row"], r["lr_used"]): r for r in ours}

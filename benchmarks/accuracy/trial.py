@@ -59,7 +59,7 @@ ABLATION = {
         bits=(2,),
         distil={"hidden": 0.0, "attention": 0.0},
         rates=(2e-4, 4e-4),
-    ),  # fmt: skip
+    ),
     "kdlsq-lsq-layers": Row(
         title="its hidden states and attention alone",
         quantizer="-lsq",
@@ -67,7 +67,7 @@ ABLATION = {
         bits=(2,),
         distil={"logits": 0.0},
         rates=(4e-4,),
-    ),  # fmt: skip
+    ),
 }
 
 
